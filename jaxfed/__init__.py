@@ -1,0 +1,32 @@
+"""Federated averaging in pure JAX: many clients in parallel, proven equal to TFF.
+
+The whole of it is `run(Experiment(...))`; every piece is usable alone.
+"""
+
+from jaxfed.aggregate import sum_over_clients
+from jaxfed.algorithm import Cohort, FedAlgorithm, State, central, fedavg, fedsgd
+from jaxfed.client import Examples, local_training
+from jaxfed.data import DataError, Dataset, Partition, load, partition
+from jaxfed.evaluate import score
+from jaxfed.experiment import (
+    ClientConfig,
+    ConfigError,
+    DataConfig,
+    Experiment,
+    ModelConfig,
+    ServerConfig,
+    from_json,
+    to_json,
+)
+from jaxfed.model import Model, Variables, from_linen, from_nnx
+from jaxfed.optimizers import optimizer
+from jaxfed.plan import Plan, make_plan, make_schedule
+from jaxfed.run import Result, run
+
+__all__ = [
+    "ClientConfig", "Cohort", "ConfigError", "DataConfig", "DataError", "Dataset", "Examples",
+    "Experiment", "FedAlgorithm", "Model", "ModelConfig", "Partition", "Plan", "Result",
+    "ServerConfig", "State", "Variables", "central", "fedavg", "fedsgd", "from_json",
+    "from_linen", "from_nnx", "load", "local_training", "make_plan", "make_schedule", "optimizer",
+    "partition", "run", "score", "sum_over_clients", "to_json",
+]  # fmt: skip

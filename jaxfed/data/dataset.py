@@ -1,0 +1,82 @@
+"""`Dataset`, the one form in which images reach the engine, and `load`, which finds one by name."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what, done, total)`, called now and then while something slow goes on."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line saying what came, what was expected and what to do."""
+
+
+class Dataset(NamedTuple):
+    """Labelled images, the whole of them in host memory (or mapped from the cache, read-only).
+
+    Attributes:
+      name: what `load` was asked for.
+      x_train: pixels 0..255, uint8 [N, H, W, C].
+      y_train: class numbers, int32 [N].
+      x_test: uint8 [M, H, W, C].
+      y_test: int32 [M].
+      num_classes: number of classes; every label is below it.
+      client_train: natural owner 0..K-1 of each training example, int32 [N], or None.
+      client_test: the same for the test examples, int32 [M], or None. A client that is in both
+        has one number; those that only occur in the test set are numbered from K on.
+      notes: what was done to the data, one sentence each, for the header of a run.
+    """
+
+    name: str
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    num_classes: int
+    client_train: np.ndarray | None = None
+    client_test: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+
+def load(name: str, progress: Progress | None = None) -> Dataset:
+    """Load a dataset by name.
+
+    Args:
+      name: `digits` (1797 real 8x8 digits that ship with scikit-learn), a path that ends in `.npz`
+        (see `jaxfed.data.npz.read`), or any image classification dataset of TensorFlow Datasets,
+        `mnist`, `emnist/digits`, `mnist:3.0.1` (see `jaxfed.data.tfds.read`).
+      progress: called while images are downloaded or decoded for the first time.
+
+    Raises:
+      DataError: the name is unknown, or the data is not what it should be.
+
+    >>> digits = load("digits")
+    >>> digits.x_train.shape, digits.x_test.shape, digits.num_classes
+    ((1438, 8, 8, 1), (359, 8, 8, 1), 10)
+    """
+    # Imported here because each needs what is defined above, and a run needs only one of them.
+    from jaxfed.data import npz, tfds  # noqa: PLC0415
+
+    if name == "digits":
+        return _digits()
+    if name.endswith(".npz"):
+        return npz.read(name)
+    return tfds.read(name, progress)
+
+
+def _digits() -> Dataset:
+    """Scikit-learn's digits (UCI optdigits test part), a fifth of every class kept for testing."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 (half a second)
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    y = labels.astype(np.int32)
+    # A split of our own: it must be the same on every machine whatever scikit-learn does later.
+    order = np.lexsort((np.random.Generator(np.random.PCG64(0)).random(len(y)), y))
+    counts = np.bincount(y)
+    rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    in_test = np.empty(len(y), bool)
+    in_test[order] = rank < np.round(counts[y[order]] * 0.2)
+    return Dataset("digits", x[~in_test], y[~in_test], x[in_test], y[in_test], num_classes=10)

@@ -1,0 +1,135 @@
+"""What the terminal shows: a header, a progress bar, a table."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from jaxfed.run import Task, chunk_of, device_name, name_of
+
+POLICIES = {
+    "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",
+    "mean": "weighted mean of the clients' moving statistics",
+    "pooled": "pooled over clients by the law of total variance",
+    "local": "every client keeps its own BatchNorm layers (FedBN)",
+    "recalibrate": "exact moments of training data at every evaluation",
+}
+
+
+def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> None:
+    """Says what is about to run, with nothing left implicit."""
+    experiment, dataset = task.experiment, task.dataset
+    sizes = task.partition.sizes
+    config, client, server = experiment.data, experiment.client, experiment.server
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+
+    def line(name: str, text: str) -> None:
+        grid.add_row(name, Text(text))
+
+    side = "x".join(map(str, dataset.x_train.shape[1:]))
+    line("experiment", name_of(experiment) + (f"  ({points} points, {programs} compiled)" if points > 1 else ""))
+    line("data", f"{dataset.name}: {len(dataset.y_train)} + {len(dataset.y_test)} images, {side}, {dataset.num_classes} classes")
+    for note in dataset.notes:
+        line("", note)
+    line(
+        "partition",
+        f"{config.partition}: {len(sizes)} clients of {sizes.min()} to {sizes.max()} images, "
+        f"{len(task.partition.order)} in all",
+    )
+    norm = f", norm {experiment.model.norm}" if experiment.model.norm else ""
+    line("model", f"{experiment.model.name}, width {experiment.model.width:g}{norm}: {task.parameters:,} parameters")
+    if task.statistics and experiment.model.batch_stats:
+        policy = experiment.model.batch_stats
+        line("batch norm", f"{task.statistics:,} statistics, {policy}: {POLICIES[policy]}")
+    batch = f"batch {task.schedule.batch}"
+    extra = f", momentum {client.momentum:g}" if client.momentum is not None else ""
+    prox = f", mu {client.prox_mu:g}" if client.prox_mu is not None else ""
+    line("client", f"{client.optimizer} lr {client.lr:g}{extra}{prox}, {client.epochs} epoch(s), {batch}, up to {task.schedule.steps} steps")
+    if experiment.algorithm != "central":
+        extra = f", momentum {server.momentum:g}" if server.momentum is not None else ""
+        line("server", f"{server.optimizer} lr {server.lr:g}{extra}, weights by {experiment.weighting}")
+    line("rounds", f"{experiment.rounds} of {experiment.algorithm}, {experiment.clients_per_round} clients each, seed {experiment.seed}")
+    chunk = chunk_of(experiment)
+    line("device", f"{device_name()}, {experiment.dtype}, {'all clients' if chunk is None else f'up to {chunk} client(s)'} at once")
+    console.print(grid)
+
+
+@contextlib.contextmanager
+def rounds_bar(console: Console, total: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A bar with rate and time left; without a terminal, a plain line at every evaluation."""
+    if not console.is_terminal:
+
+        def plain(done: int, row: dict[str, Any]) -> None:
+            if row["test_accuracy"] is not None:
+                console.print(f"{done}/{total}  {row_text(row)}", highlight=False)
+
+        yield plain
+        return
+    columns = (
+        TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[row]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        job = bar.add_task("rounds", total=total, rate="", row="")
+
+        def update(done: int, row: dict[str, Any]) -> None:
+            rate = bar.tasks[0].speed
+            shown = f"{rate:.2f}/s" if rate else ""
+            if row["test_accuracy"] is not None:
+                bar.update(job, row=row_text(row))
+            bar.update(job, completed=done, rate=shown)
+
+        yield update
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """One round in one line."""
+    dropped = f"  dropped {row['dropped_clients']}" if row["dropped_clients"] else ""
+    return (
+        f"round {row['round']}  train loss {_figure(row['train_loss'])}  "
+        f"test loss {_figure(row['test_loss'])}  test accuracy {_figure(row['test_accuracy'])}{dropped}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def results(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """The final table: one line a run."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="left" if key == "name" else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def host_work(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for long work on the host, such as decoding a dataset; shown only if there is any."""
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def plain(what: str, done: int, total: int) -> None:
+            if what not in said:
+                said.add(what)
+                console.print(f"{what} ({total}) ...", highlight=False)
+
+        yield plain
+        return
+    with Progress(console=console, transient=True) as bar:
+        jobs: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in jobs:
+                jobs[what] = bar.add_task(what, total=total)
+            bar.update(jobs[what], completed=done)
+
+        yield update

@@ -1,0 +1,83 @@
+"""Many experiments from one: `--sweep client.lr=0.01,0.1 --sweep seed=0,1`.
+
+Points that differ only in numbers and seeds share one compiled program; any other key makes a
+program for each of its values.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxfed.experiment import ConfigError, Experiment, override, to_dict
+
+KNOBS = (
+    "seed", "client.lr", "client.momentum", "client.prox_mu", "server.lr", "server.momentum"
+)  # fmt: skip
+"""The keys whose values are inputs of the compiled program, not part of it."""
+
+
+class Point(NamedTuple):
+    """One experiment of a sweep."""
+
+    changes: dict[str, Any]
+    experiment: Experiment
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """Reads `key=value,value,...`; values are JSON, or text where they are not.
+
+    Raises:
+      ConfigError: if there is no `=`, or no value.
+
+    Example:
+      >>> parse_axis("client.lr=0.01,0.1")
+      ('client.lr', [0.01, 0.1])
+    """
+    key, separator, values = text.partition("=")
+    if not separator or not key or any(not value.strip() for value in values.split(",")):
+        raise ConfigError(f"--sweep: got {text!r}, expected key=value,value,... (client.lr=0.01,0.1)")
+    return key.strip().removeprefix("--"), [_value(value.strip()) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def points(base: Experiment, axes: Sequence[str]) -> list[Point]:
+    """The product of all axes, the last one varying fastest.
+
+    Raises:
+      ConfigError: for a malformed or repeated axis, an unknown key, or a value of a wrong type.
+    """
+    parsed = [parse_axis(axis) for axis in axes]
+    keys = [key for key, _ in parsed]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"--sweep: got {', '.join(keys)}, expected every key once")
+    combinations = itertools.product(*(values for _, values in parsed))
+    changes = [dict(zip(keys, values, strict=True)) for values in combinations]
+    return [Point(change, override(base, change)) for change in changes]
+
+
+def programs(experiments: Sequence[Experiment]) -> list[list[int]]:
+    """Groups positions of (resolved) experiments that one compiled program can run."""
+    groups: dict[str, list[int]] = {}
+    for position, experiment in enumerate(experiments):
+        tree = to_dict(override(experiment, dict.fromkeys(("seed",), 0)))
+        for key in KNOBS:
+            node, _, leaf = key.rpartition(".")
+            branch = tree[node] if node else tree
+            # Present or absent is a matter of structure, the number itself is not.
+            branch[leaf] = branch[leaf] is not None
+        tree["name"] = ""
+        groups.setdefault(json.dumps(tree, sort_keys=True), []).append(position)
+    return list(groups.values())
+
+
+def folder_name(number: int, changes: dict[str, Any]) -> str:
+    """For example `003_client.lr=0.1_seed=1`, safe on every file system."""
+    text = "_".join(f"{key}={value}" for key, value in changes.items())
+    return f"{number:03d}_" + "".join(c if c.isalnum() or c in "._=-" else "-" for c in text)[:120]

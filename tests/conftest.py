@@ -1,0 +1,32 @@
+"""Types and shapes are checked while the tests run (jaxtyping + beartype)."""
+
+import os
+import warnings
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from jaxtyping import install_import_hook
+
+    with install_import_hook("jaxfed", "beartype.beartype"):
+        import jaxfed
+        import jaxfed.train
+
+import jax
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """Decoded datasets go to a folder of this test run, unless one is named."""
+    if "JAXFED_CACHE_DIR" not in os.environ:
+        os.environ["JAXFED_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64."""
+    with jax.enable_x64(True):
+        yield
