@@ -40,15 +40,16 @@ def sum_over_clients(
         return of_chunk(seats)
     chunk = max(chunk, 1)
     missing = -count % chunk
-    grouped = jax.tree.map(lambda leaf: _grouped(leaf, missing, chunk), seats)
-    if chunk == 1:
-        grouped = seats
-        of_chunk = contribute  # no batch axis of size one: smaller programs, plain convolutions
-    shapes = jax.eval_shape(of_chunk, jax.tree.map(lambda leaf: leaf[0], grouped))[0]
+    # One at a time without a batch axis of size one: a smaller program.
+    one_chunk = of_chunk if chunk > 1 else contribute
+    grouped = seats
+    if chunk > 1:
+        grouped = jax.tree.map(lambda leaf: _grouped(leaf, missing, chunk), seats)
+    shapes = jax.eval_shape(one_chunk, jax.tree.map(lambda leaf: leaf[0], grouped))[0]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(total: Tree, seats: Any) -> tuple[Tree, Tree]:
-        summands, reports = of_chunk(seats)
+        summands, reports = one_chunk(seats)
         return jax.tree.map(jnp.add, total, summands), reports
 
     total, reports = jax.lax.scan(add, zeros, grouped)

@@ -1,7 +1,7 @@
 """Federated algorithms as two pure functions: `init(variables)` and `round(state, cohort)`."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class FedAlgorithm(NamedTuple):
 
 class _Seat(NamedTuple):
     client: Int[Array, "*clients"]
-    index: Int[Array, "*clients steps batch"]
+    rows: Int[Array, "*clients steps batch"]
 
 
 class _Summands(NamedTuple):
@@ -187,6 +187,7 @@ def _averaging(
     keeps_own = batch_stats == "local"
     if keeps_own and num_clients is None:
         raise ValueError('batch_stats="local" keeps a layer a client: give num_clients')
+    population = num_clients or 0
 
     def init(variables: Variables) -> State:
         own = None
@@ -196,18 +197,16 @@ def _averaging(
                 variables.stats,
                 jnp.array(False),
             )
-            own = jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (num_clients, *leaf.shape)), part
-            )
+            own = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population, *leaf.shape)), part)
         return State(variables, server.init(variables.params), own)
 
     def contribute(seat: _Seat, state: State, cohort: Cohort, key: Array) -> tuple:
-        start = state.variables
+        start, mine = state.variables, None
         if keeps_own:
             mine = jax.tree.map(lambda leaf: leaf[seat.client], state.own)
             start = Variables(bn.replace(start.params, mine.params), mine.stats)
         result = client(
-            start, cohort.examples, seat.index, jax.random.fold_in(key, seat.client)
+            start, cohort.examples, seat.rows, jax.random.fold_in(key, seat.client)
         )  # fmt: skip
         sent = result.stats if batch_stats in bn.KEPT_ON_SERVER else {}
         finite = all_finite((result.delta, sent))
@@ -219,7 +218,7 @@ def _averaging(
         if batch_stats == "pooled":
             sent = bn.to_moments(sent)
         delta, new_own = result.delta, None
-        if keeps_own:
+        if mine is not None:
             names = bn.own_params(start)
             trained = jax.tree.map(jnp.subtract, start.params, delta)
             new_own = Own(bn.select(trained, names), result.stats, jnp.array(True))
@@ -244,7 +243,7 @@ def _averaging(
         key = jax.random.fold_in(jax.random.key(plan.seed), plan.round)
         total, (reports, own) = sum_over_clients(
             lambda seat: contribute(seat, state, cohort, key),
-            _Seat(jnp.asarray(plan.clients), jnp.asarray(plan.index)),
+            _Seat(jnp.asarray(plan.clients), jnp.asarray(plan.rows)),
             chunk,
         )
         # TFF: divides by the sum of weights as it is, NaN if nobody is left.
@@ -262,7 +261,7 @@ def _averaging(
         new = jax.tree.map(lambda n, o: jnp.where(some, n, o), new, old)
         if keeps_own:
             # An empty seat, -1, writes nowhere.
-            seats = jnp.where(plan.clients < 0, num_clients, plan.clients)
+            seats = jnp.where(plan.clients < 0, population, plan.clients)
             own = jax.tree.map(
                 lambda all_, mine: all_.at[seats].set(mine, mode="drop"), state.own, own
             )
@@ -293,7 +292,7 @@ def central(
         plan = cohort.plan
         key = jax.random.fold_in(jax.random.key(plan.seed), plan.round)
         variables, opt_state, report = train(
-            state.variables, state.opt_state, cohort.examples, jnp.asarray(plan.index)[0], key
+            state.variables, state.opt_state, cohort.examples, jnp.asarray(plan.rows)[0], key
         )
         delta = jax.tree.map(jnp.subtract, state.variables.params, variables.params)
         update = ClientUpdate(delta, variables.stats, *report)

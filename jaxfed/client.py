@@ -79,9 +79,7 @@ def report_batch(
     """Counts, loss and right answers of the rows that are not padding."""
     losses = jnp.where(mask, loss(logits, labels), 0)
     right = mask & (jnp.argmax(logits, axis=-1) == labels)
-    return BatchReport(
-        mask.sum(dtype=losses.dtype), losses.sum(), right.sum(dtype=losses.dtype)
-    )
+    return BatchReport(mask.sum(dtype=losses.dtype), losses.sum(), right.sum(dtype=losses.dtype))
 
 
 def _masked_grad(model: Model, loss: LossFn, dtype: DTypeLike) -> Callable:

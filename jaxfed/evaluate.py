@@ -1,7 +1,7 @@
 """How good the server's network is: loss and accuracy on held-out examples."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,12 @@ def score(
 
 
 def _score_sums(
-    model: Model, variables: Variables, examples: Examples, index: Array, loss: LossFn, dtype: DTypeLike
+    model: Model,
+    variables: Variables,
+    examples: Examples,
+    index: Array,
+    loss: LossFn,
+    dtype: DTypeLike,
 ) -> BatchReport:
     def step(_: None, rows: Array) -> tuple[None, BatchReport]:
         images, labels, mask = take_batch(examples, rows, dtype)

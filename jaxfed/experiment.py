@@ -35,7 +35,7 @@ class DataConfig:
     dataset: str = "digits"
     """digits (embedded), a TFDS name (mnist, cifar10, ...) or path/to/file.npz."""
     partition: str = "iid"
-    """iid, shards, dirichlet, pathological, quantity or natural."""
+    """iid, shards, dirichlet, dirichlet-unbalanced, pathological, quantity or natural."""
     num_clients: int | None = None
     """Clients in the population (default: 10; with natural, all of the file)."""
     examples_per_client: int | None = None
@@ -61,7 +61,7 @@ class ModelConfig:
     norm: Norm | None = None
     """Normalisation layers (default: the published network's own)."""
     batch_stats: BatchStats | None = None
-    """What becomes of BatchNorm's moving statistics (default: recalibrate); frozen is TFF's rule."""
+    """What becomes of BatchNorm's moving statistics (default: recalibrate; TFF's: frozen)."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class ClientConfig:
     """Local learning rate."""
     momentum: float | None = None
     """Momentum of the optimizers momentum and nesterov (default: 0.9)."""
-    epochs: int = 1
-    """Passes over the client's images each round (McMahan's E)."""
+    epochs: int | None = None
+    """Passes over the client's images each round, McMahan's E (default: 3; fedsgd: 1)."""
     batch_size: int | None = 20
     """Images a step (McMahan's B); none is one full batch."""
     shuffle: bool = True
@@ -110,7 +110,7 @@ class Experiment:
     """A label for reports (default: made from dataset and model)."""
     seed: int = 0
     """Seed of partition, initial weights, cohorts, batch order and dropout."""
-    rounds: int = 15
+    rounds: int = 30
     """Communication rounds."""
     clients_per_round: int | None = None
     """Clients in a cohort (default: 10, or all if there are fewer)."""
@@ -162,9 +162,13 @@ def from_json(path: str | Path) -> Experiment:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--config: got {str(path)!r}, expected a readable JSON file ({reason}); check the path") from None
+        raise ConfigError(
+            f"--config: got {str(path)!r}, expected a readable JSON file ({reason}); check the path"
+        ) from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"--config: {str(path)!r} is not JSON ({error}); mend it or write one with to_json") from None
+        raise ConfigError(
+            f"--config: {str(path)!r} is not JSON ({error}); mend it or write one with to_json"
+        ) from None
     return from_dict(tree)
 
 
@@ -189,7 +193,7 @@ def override(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
     return from_dict(tree)
 
 
-def dotted_keys(cls: type = Experiment, prefix: str = "") -> list[str]:
+def dotted_keys(cls: Any = Experiment, prefix: str = "") -> list[str]:
     """Every key as it stands on the command line: `seed`, `client.lr`, ..."""
     keys = []
     for item in dataclasses.fields(cls):
@@ -286,7 +290,9 @@ def validate(experiment: Experiment) -> None:
     _rate("client.prox_mu", client.prox_mu)
     _momentum("client", client.optimizer, client.momentum)
     _momentum("server", server.optimizer, server.momentum)
-    _at_most("clients_per_round", experiment.clients_per_round, "data.num_clients", data.num_clients)
+    _at_most(
+        "clients_per_round", experiment.clients_per_round, "data.num_clients", data.num_clients
+    )
     if client.prox_mu and experiment.algorithm != "fedprox":
         raise ConfigError(
             f"--client.prox_mu: got {client.prox_mu} with algorithm {experiment.algorithm}, "
@@ -299,10 +305,16 @@ def validate(experiment: Experiment) -> None:
         )
     if experiment.algorithm == "central":
         if model.batch_stats == "local":
-            raise ConfigError("--model.batch_stats: got local with algorithm central, which has no clients; use mean")
+            raise ConfigError(
+                "--model.batch_stats: got local with algorithm central, which has no clients; "
+                "use mean"
+            )
         if experiment.weighting == "uniform":
-            raise ConfigError("--weighting: got uniform with algorithm central, which has no clients; leave it out")
-    if experiment.algorithm == "fedsgd" and client.epochs != 1:
+            raise ConfigError(
+                "--weighting: got uniform with algorithm central, which has no clients; "
+                "leave it out"
+            )
+    if experiment.algorithm == "fedsgd" and client.epochs not in (None, 1):
         raise ConfigError(
             f"--client.epochs: got {client.epochs} with algorithm fedsgd, where a client sends "
             "one gradient; use 1, or --algorithm fedavg"

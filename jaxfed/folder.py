@@ -16,7 +16,12 @@ import orbax.checkpoint as ocp
 from jaxfed.algorithm import State
 from jaxfed.experiment import ConfigError, Experiment, dotted_keys, from_json, to_dict, to_json
 
-CONFIG, METRICS, SUMMARY, CHECKPOINTS = "config.json", "metrics.jsonl", "summary.json", "checkpoints"
+CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -134,4 +139,5 @@ def restore(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | 
     if step is None:
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    found: Any = manager.restore(step, args=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    return step, found

@@ -126,7 +126,9 @@ def from_linen(module: linen.Module, example_shape: tuple[int, ...]) -> Model:
     """
     arguments = inspect.signature(type(module).__call__).parameters
 
-    def call(variables: Tree, images: jax.Array, mask: Any, train: bool, key: Any, mutable: Any):
+    def call(
+        variables: Tree, images: jax.Array, mask: Any, train: bool, key: Any, mutable: Any
+    ) -> Any:
         optional = {"train": train, "mask": mask}
         given = {name: value for name, value in optional.items() if name in arguments}
         rngs = {"dropout": key} if train else {}
@@ -134,7 +136,7 @@ def from_linen(module: linen.Module, example_shape: tuple[int, ...]) -> Model:
 
     def init(key: jax.Array) -> Variables:
         batch = jnp.zeros((1, *example_shape))
-        given = {"train": False} if "train" in arguments else {}
+        given: dict[str, Any] = {"train": False} if "train" in arguments else {}
         collections = module.init({"params": key}, batch, **given)
         if extra := set(collections) - {"params", "batch_stats"}:
             raise TypeError(

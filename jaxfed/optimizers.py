@@ -23,7 +23,7 @@ Scalar = float | jax.Array
 class MomentState(NamedTuple):
     """Step count and the moving averages of the gradient and of its square."""
 
-    count: jax.Array
+    step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
 
@@ -49,16 +49,16 @@ def _scale_by_moments(
         updates: optax.Updates, state: MomentState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MomentState]:
         del params
-        count = state.count + 1
+        step = state.step + 1
         mu = jax.tree.map(lambda g, m: m + (1 - beta1) * (g - m), updates, state.mu)
         nu = jax.tree.map(second_moment, updates, state.nu)
 
         def scaled(m: jax.Array, v: jax.Array) -> jax.Array:
-            t = count.astype(m.dtype)
+            t = step.astype(m.dtype)
             correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
             return correction * m / (jnp.sqrt(v) + epsilon)
 
-        return jax.tree.map(scaled, mu, nu), MomentState(count, mu, nu)
+        return jax.tree.map(scaled, mu, nu), MomentState(step, mu, nu)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -68,9 +68,7 @@ def _adam_direction() -> optax.GradientTransformation:
 
 
 def _yogi_direction() -> optax.GradientTransformation:
-    return _scale_by_moments(
-        1e-3, 1e-6, lambda g, v: v + (1 - 0.999) * jnp.sign(g * g - v) * g * g
-    )
+    return _scale_by_moments(1e-3, 1e-6, lambda g, v: v + (1 - 0.999) * jnp.sign(g * g - v) * g * g)
 
 
 def optimizer(name: str, lr: Scalar, momentum: Scalar = 0.9) -> optax.GradientTransformation:

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     """Number of the round, from 1."""
     clients: Int[np.ndarray | Array, "*rounds clients"]
     """Ids of the cohort's clients; -1 is an empty seat."""
-    index: Int[np.ndarray | Array, "*rounds clients steps batch"]
+    rows: Int[np.ndarray | Array, "*rounds clients steps batch"]
     """Rows of the training set that a client visits at each step; -1 is padding."""
 
 
@@ -115,17 +115,17 @@ def _batches(
 
 def stack_plans(plans: Sequence[Plan]) -> Plan:
     """Puts plans of the same cohort size side by side, on a new leading axis."""
-    steps = max(plan.index.shape[-2] for plan in plans)
-    batch = max(plan.index.shape[-1] for plan in plans)
+    steps = max(plan.rows.shape[-2] for plan in plans)
+    batch = max(plan.rows.shape[-1] for plan in plans)
 
-    def padded(index: np.ndarray) -> np.ndarray:
-        grow = [(0, 0)] * (index.ndim - 2)
-        grow += [(0, steps - index.shape[-2]), (0, batch - index.shape[-1])]
-        return np.pad(index, grow, constant_values=PADDING)
+    def padded(table: np.ndarray) -> np.ndarray:
+        grow = [(0, 0)] * (table.ndim - 2)
+        grow += [(0, steps - table.shape[-2]), (0, batch - table.shape[-1])]
+        return np.pad(table, grow, constant_values=PADDING)
 
     return Plan(
         seed=np.stack([plan.seed for plan in plans]),
         round=np.stack([plan.round for plan in plans]),
         clients=np.stack([plan.clients for plan in plans]),
-        index=np.stack([padded(plan.index) for plan in plans]),
+        rows=np.stack([padded(np.asarray(plan.rows)) for plan in plans]),
     )

@@ -3,7 +3,7 @@
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from jaxfed.experiment import Experiment, to_dict
 
-Curves = dict[str, Sequence[dict[str, Any]]]
+Curves = Mapping[str, Sequence[dict[str, Any]]]
 """A history for each label."""
 
 
@@ -82,7 +82,8 @@ _PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 .wide {{ overflow-x: auto }}
 svg {{ width: 100%; height: auto; border-radius: 6px }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}

@@ -1,9 +1,9 @@
 """From an experiment to its results: prepare on the host, compile once, run, report.
 
-    prepare(experiment) -> Task        data, partition, network; refuses what cannot work
-    compile_tasks([task, ...]) -> Program   one compilation for all points of a sweep
-    segments(program) -> Segment, ...   the rounds between two evaluations, one dispatch each
-    run(experiment) -> Result          all of it
+prepare(experiment) -> Task        data, partition, network; refuses what cannot work
+compile_tasks([task, ...]) -> Program   one compilation for all points of a sweep
+segments(program) -> Segment, ...   the rounds between two evaluations, one dispatch each
+run(experiment) -> Result          all of it
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central,
 from jaxfed.batch_stats import has_moments
 from jaxfed.client import Examples
 from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator
-from jaxfed.experiment import WITH_MOMENTUM, ConfigError, Experiment, to_dict, validate
+from jaxfed.experiment import WITH_MOMENTUM, ConfigError, Experiment, validate
 from jaxfed.model import Model, Variables, count_parameters, from_nnx
 from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, Schedule, make_plan, make_schedule, stack_plans
@@ -51,14 +51,17 @@ class Task(NamedTuple):
     statistics: int
 
 
+Knob = Float[Array, "*points"] | float
+
+
 class Knobs(NamedTuple):
     """The numbers that may differ between the points of one compiled program."""
 
-    client_lr: Float[Array, "*points"]
-    client_momentum: Float[Array, "*points"]
-    server_lr: Float[Array, "*points"]
-    server_momentum: Float[Array, "*points"]
-    prox_mu: Float[Array, "*points"]
+    client_lr: Knob
+    client_momentum: Knob
+    server_lr: Knob
+    server_momentum: Knob
+    prox_mu: Knob
 
 
 class Program(NamedTuple):
@@ -164,7 +167,7 @@ def prepare(
     client = experiment.client
     schedule = make_schedule(
         partition, seed=experiment.seed, clients_per_round=experiment.clients_per_round or 1,
-        epochs=client.epochs, batch_size=client.batch_size, shuffle=client.shuffle,
+        epochs=client.epochs or 1, batch_size=client.batch_size, shuffle=client.shuffle,
         pooled=experiment.algorithm == "central",
     )  # fmt: skip
     parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
@@ -205,6 +208,8 @@ def _resolve(
         )
 
     client = with_momentum(experiment.client)
+    epochs = client.epochs or (1 if experiment.algorithm == "fedsgd" else 3)
+    client = dataclasses.replace(client, epochs=epochs)
     if experiment.algorithm == "fedprox" and client.prox_mu is None:
         client = dataclasses.replace(client, prox_mu=0.01)
     return dataclasses.replace(
@@ -271,7 +276,7 @@ def knobs_of(experiment: Experiment) -> Knobs:
     client, server = experiment.client, experiment.server
     return Knobs(
         client.lr, client.momentum or 0.0, server.lr, server.momentum or 0.0, client.prox_mu or 0.0
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 def segment_length(task: Task, checkpoint_every: int | None = None) -> int:
@@ -355,9 +360,7 @@ def _recalibration_rows(task: Task) -> np.ndarray:
 
 def _stacked(tables: list[np.ndarray]) -> np.ndarray:
     steps = max(len(table) for table in tables)
-    return np.stack(
-        [np.pad(t, ((0, steps - len(t)), (0, 0)), constant_values=-1) for t in tables]
-    )
+    return np.stack([np.pad(t, ((0, steps - len(t)), (0, 0)), constant_values=-1) for t in tables])
 
 
 def _plans(tasks: Sequence[Task], first_round: int, length: int) -> Plan:
@@ -406,6 +409,7 @@ def segments(
             ]
             for point in range(len(program.tasks))
         ]
+        assert state is not None
         yield Segment(rows, state, variables, trained - before, evaluated - trained)
 
 
@@ -497,8 +501,9 @@ def run(
         variables = segment.variables
         spent["train_seconds"] += segment.train_seconds
         spent["evaluate_seconds"] += segment.evaluate_seconds
-        for row in segment.rows[0] if on_round else ():
-            on_round(row)
+        if on_round:
+            for row in segment.rows[0]:
+                on_round(row)
     seconds = {
         "seconds": time.perf_counter() - started,
         "compile_seconds": program.compile_seconds,

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jaxfed.experiment import ClientConfig, ServerConfig
 from jaxfed.run import Task, chunk_of, device_name, name_of
 
 POLICIES = {
@@ -33,31 +34,38 @@ def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> 
         grid.add_row(name, Text(text))
 
     side = "x".join(map(str, dataset.x_train.shape[1:]))
-    line("experiment", name_of(experiment) + (f"  ({points} points, {programs} compiled)" if points > 1 else ""))
-    line("data", f"{dataset.name}: {len(dataset.y_train)} + {len(dataset.y_test)} images, {side}, {dataset.num_classes} classes")
+    swept = f"  ({points} points, {programs} compiled)" if points > 1 else ""
+    line("experiment", name_of(experiment) + swept)
+    images = f"{len(dataset.y_train)} + {len(dataset.y_test)} images"
+    line("data", f"{dataset.name}: {images}, {side}, {dataset.num_classes} classes")
     for note in dataset.notes:
         line("", note)
-    line(
-        "partition",
-        f"{config.partition}: {len(sizes)} clients of {sizes.min()} to {sizes.max()} images, "
-        f"{len(task.partition.order)} in all",
-    )
+    clients = f"{len(sizes)} clients of {sizes.min()} to {sizes.max()} images"
+    line("partition", f"{config.partition}: {clients}, {len(task.partition.order)} in all")
+    network = f"{experiment.model.name}, width {experiment.model.width:g}"
     norm = f", norm {experiment.model.norm}" if experiment.model.norm else ""
-    line("model", f"{experiment.model.name}, width {experiment.model.width:g}{norm}: {task.parameters:,} parameters")
-    if task.statistics and experiment.model.batch_stats:
-        policy = experiment.model.batch_stats
+    line("model", f"{network}{norm}: {task.parameters:,} parameters")
+    if policy := experiment.model.batch_stats:
         line("batch norm", f"{task.statistics:,} statistics, {policy}: {POLICIES[policy]}")
-    batch = f"batch {task.schedule.batch}"
-    extra = f", momentum {client.momentum:g}" if client.momentum is not None else ""
     prox = f", mu {client.prox_mu:g}" if client.prox_mu is not None else ""
-    line("client", f"{client.optimizer} lr {client.lr:g}{extra}{prox}, {client.epochs} epoch(s), {batch}, up to {task.schedule.steps} steps")
+    steps = f"{client.epochs} epoch(s), batch {task.schedule.batch}, {task.schedule.steps} steps"
+    line("client", f"{_optimizer(client)}{prox}, {steps}")
     if experiment.algorithm != "central":
-        extra = f", momentum {server.momentum:g}" if server.momentum is not None else ""
-        line("server", f"{server.optimizer} lr {server.lr:g}{extra}, weights by {experiment.weighting}")
-    line("rounds", f"{experiment.rounds} of {experiment.algorithm}, {experiment.clients_per_round} clients each, seed {experiment.seed}")
+        line("server", f"{_optimizer(server)}, weights by {experiment.weighting}")
+    cohort = f"{experiment.clients_per_round} clients each"
+    line(
+        "rounds",
+        f"{experiment.rounds} of {experiment.algorithm}, {cohort}, seed {experiment.seed}",
+    )
     chunk = chunk_of(experiment)
-    line("device", f"{device_name()}, {experiment.dtype}, {'all clients' if chunk is None else f'up to {chunk} client(s)'} at once")
+    at_once = "all clients" if chunk is None else f"up to {chunk} client(s)"
+    line("device", f"{device_name()}, {experiment.dtype}, {at_once} at once")
     console.print(grid)
+
+
+def _optimizer(config: ClientConfig | ServerConfig) -> str:
+    momentum = f", momentum {config.momentum:g}" if config.momentum is not None else ""
+    return f"{config.optimizer} lr {config.lr:g}{momentum}"
 
 
 @contextlib.contextmanager
@@ -93,7 +101,8 @@ def row_text(row: dict[str, Any]) -> str:
     dropped = f"  dropped {row['dropped_clients']}" if row["dropped_clients"] else ""
     return (
         f"round {row['round']}  train loss {_figure(row['train_loss'])}  "
-        f"test loss {_figure(row['test_loss'])}  test accuracy {_figure(row['test_accuracy'])}{dropped}"
+        f"test loss {_figure(row['test_loss'])}  "
+        f"test accuracy {_figure(row['test_accuracy'])}{dropped}"
     )
 
 
@@ -117,7 +126,7 @@ def host_work(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     if not console.is_terminal:
         said: set[str] = set()
 
-        def plain(what: str, done: int, total: int) -> None:
+        def plain(what: str, done: int, total: int) -> None:  # noqa: ARG001
             if what not in said:
                 said.add(what)
                 console.print(f"{what} ({total}) ...", highlight=False)

@@ -36,7 +36,9 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
     """
     key, separator, values = text.partition("=")
     if not separator or not key or any(not value.strip() for value in values.split(",")):
-        raise ConfigError(f"--sweep: got {text!r}, expected key=value,value,... (client.lr=0.01,0.1)")
+        raise ConfigError(
+            f"--sweep: got {text!r}, expected key=value,value,... (client.lr=0.01,0.1)"
+        )
     return key.strip().removeprefix("--"), [_value(value.strip()) for value in values.split(",")]
 
 

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import math
+import os
 import re
 import signal
 import sys
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import tyro
 from rich.console import Console
 
@@ -32,7 +31,9 @@ from jaxfed.sweep import Point, folder_name, points, programs
 class Command:
     """Trains a network by federated averaging, many clients at once."""
 
-    experiment: Annotated[Experiment, tyro.conf.arg(name="")] = field(default_factory=Experiment)
+    experiment: tyro.conf.FlagConversionOff[Annotated[Experiment, tyro.conf.arg(name="")]] = field(
+        default_factory=Experiment
+    )
     config: Path | None = None
     """JSON file of an experiment; flags win over it."""
     sweep: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
@@ -77,7 +78,8 @@ def parse(arguments: Sequence[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"[╭╮╰╯─│\s]+", " ", errors.getvalue())
+        _, _, text = errors.getvalue().partition("\n")  # the first line is a box's title
+        text = re.sub(r"[╭╮╰╯─│\s]+", " ", text)
         text = re.sub(r" For full helptext,.*", "", text).strip()
         raise ConfigError(f"{text}; see python -m jaxfed.train --help") from None
 
@@ -135,7 +137,7 @@ def run_program(
         for segment in segments(program, state, last_round + 1):
             last_round, state = segment.rows[0][-1]["round"], segment.state
             for history, rows, path in zip(histories, segment.rows, folders, strict=True):
-                history += rows
+                history.extend(rows)
                 if path:
                     folder.append_rows(path, rows)
             spent["train_seconds"] += segment.train_seconds
@@ -239,15 +241,21 @@ def train(command: Command, console: Console) -> int:
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
     if caught:
-        saved = f"state saved, go on with --out {command.out} --resume" if command.out else "not saved (no --out)"
-        print(f"jaxfed: interrupted after round {finished[-1][2]['rounds']}; {saved}", file=sys.stderr)
+        saved = (
+            f"state saved, go on with --out {command.out} --resume"
+            if command.out
+            else "not saved (no --out)"
+        )
+        print(
+            f"jaxfed: interrupted after round {finished[-1][2]['rounds']}; {saved}", file=sys.stderr
+        )
         return 128 + caught
     failed = [i for i, history, _ in finished if _diverged(history)]
     for i in failed:
         history = outcomes[i][0]
         print(
-            f"jaxfed: {_label(todo[i])}: the loss is not finite after round {history[-1]['round']}; "
-            "lower --client.lr or --server.lr",
+            f"jaxfed: {_label(todo[i])}: the loss is not finite after round "
+            f"{history[-1]['round']}; lower --client.lr or --server.lr",
             file=sys.stderr,
         )
     return 1 if failed else 0
@@ -260,9 +268,18 @@ def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None
     for point in todo[1:]:
         config, ours = point.experiment.data, first.experiment.data
         same = (config.dataset, config.image_size) == (ours.dataset, ours.image_size)
-        shared = first.dataset if same and point.experiment.model.name == first.experiment.model.name else None
+        shared = (
+            first.dataset
+            if same and point.experiment.model.name == first.experiment.model.name
+            else None
+        )
         tasks.append(prepare(point.experiment, dataset=shared, progress=progress))
     return tasks
+
+
+def _images_of(experiment: Experiment) -> tuple[Any, ...]:
+    config = experiment.data
+    return config.dataset, config.image_size, experiment.model.name
 
 
 def _folders(command: Command, todo: Sequence[Point], tasks: Sequence[Task]) -> list[Path | None]:
@@ -304,6 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jaxfed: interrupted before the first round; nothing to save", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output, head perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"jaxfed: {error}; the files written before are whole", file=sys.stderr)
         return 1

@@ -1,7 +1,5 @@
 """The networks: counted, compared with `lax.conv`, with the smaller batch, with Keras' rules."""
 
-import inspect
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +9,11 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from jaxfed import from_nnx
 from jaxfed.experiment import ConfigError
 from jaxfed.models import MODELS, build, builder
 from jaxfed.models.conv import patches_conv
-from jaxfed.models.layers import BatchNorm, GroupNorm, LayerNorm, max_pool, norm, relu6
+from jaxfed.models.layers import BatchNorm, GroupNorm, LayerNorm, conv, max_pool, norm, relu6
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -26,6 +25,12 @@ def normal(seed, *shape, dtype=None):
 def assert_close(got, expected, tolerance=1e-12):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def compiled(f, *arguments):
+    """`f(*arguments)`, compiled once and without optimisation: compiling is what takes the time."""
+    options: Any = {"xla_backend_optimization_level": 0}
+    return jax.jit(f).lower(*arguments).compile(options)(*arguments)
 
 
 # --- Parameter counts -----------------------------------------------------------------------
@@ -89,7 +94,7 @@ CONVOLUTIONS = [
 ]
 
 
-def value_and_pullback(conv, case, x, kernel):
+def value_and_pullback(conv, case):
     def apply(x, kernel):
         return conv(
             x,
@@ -100,25 +105,29 @@ def value_and_pullback(conv, case, x, kernel):
             feature_group_count=case.groups,
         )
 
-    y, pullback = jax.vjp(apply, x, kernel)
-    return y, pullback(jnp.cos(y))
+    def both(x, kernel):
+        y, pullback = jax.vjp(apply, x, kernel)
+        return y, pullback(jnp.cos(y))
+
+    return both
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_convolution_and_gradients_equal_lax(x64, case):
     x, k = normal(0, 2, *case.image), normal(1, *case.kernel)
-    got = value_and_pullback(patches_conv, case, x, k)
-    assert_close(got, value_and_pullback(lax.conv_general_dilated, case, x, k))
+    got, expected = (
+        compiled(value_and_pullback(f, case), x, k)
+        for f in (patches_conv, lax.conv_general_dilated)
+    )
+    assert_close(got, expected)
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS[1:12:3], ids=str)
 def test_convolution_of_many_clients(x64, case):
     x, k = normal(0, 3, 2, *case.image), normal(1, 3, *case.kernel)
-    got = jax.vmap(partial(value_and_pullback, patches_conv, case))(x, k)
-    each = [
-        value_and_pullback(lax.conv_general_dilated, case, *pair) for pair in zip(x, k, strict=True)
-    ]
-    assert_close(got, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+    got = compiled(jax.vmap(value_and_pullback(patches_conv, case)), x, k)
+    one_by_one = value_and_pullback(lax.conv_general_dilated, case)
+    assert_close(got, compiled(lambda x, k: lax.map(lambda pair: one_by_one(*pair), (x, k)), x, k))
 
 
 def test_dilated_convolution_falls_back_to_lax(x64):
@@ -137,7 +146,7 @@ def test_second_derivative(x64):
         def loss(k):
             return jnp.sum(jnp.sin(conv(x, k, (2, 2), "SAME", dimension_numbers=NHWC)))
 
-        return jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), k))(k)
+        return compiled(jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), k)), k)
 
     assert_close(hessian_product(patches_conv), hessian_product(lax.conv_general_dilated))
 
@@ -202,7 +211,8 @@ def batch_norm(x, mask):
         total = jnp.sum(jnp.sin(y) * weight * real.reshape(-1, *(1,) * (x.ndim - 1)))
         return total, (y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)))
 
-    (dparams, dx), (y, new) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (dparams, dx), (y, new) = compiled(gradients, params, x)
     return y, nnx.to_pure_dict(dparams), dx, new
 
 
@@ -224,7 +234,8 @@ def test_batch_norm_follows_keras(x64):
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
     scale = 1 + normal(8, 2) / 3
     assert_close(y, (x - mean) / jnp.sqrt(var + 1e-3) * scale)
-    assert_close(stats, {"mean": 0.1 * mean, "var": 0.9 + 0.1 * var})
+    rate = float(np.float32(1 - 0.9))
+    assert_close(stats, {"mean": rate * mean, "var": 1 - rate + rate * var})
 
 
 def test_batch_norm_of_padding_alone():
@@ -276,8 +287,9 @@ def test_layer_norm_is_over_channels(x64):
 
 
 def test_unknown_norm():
-    with pytest.raises(ValueError, match="got 'instance'"):
-        inspect.unwrap(norm)("instance", 8, dtype=jnp.float32)
+    name: Any = "instance"
+    with pytest.raises(Exception, match="instance"):  # jaxtyping's error or, without it, ours
+        norm(name, 8, dtype=jnp.float32)
 
 
 # --- Whole networks -------------------------------------------------------------------------
@@ -292,15 +304,27 @@ def small(name, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_network_at_its_smallest_image(name):
-    module, size = small(name)
+    size = MODELS[name].min_image_size
+    width = 1.0 if name == "logistic" else 0.25
+    model = from_nnx(builder(name, (size, size, 1), 3, width=width))
+    random = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(random.uniform(0, 0.1, leaf.shape), leaf.dtype),
+        jax.eval_shape(model.init, jax.random.key(0)),
+    )
     x, mask = normal(0, 2, size, size, 1, dtype=jnp.float32), jnp.array([True, False])
-    module.train()
-    trained = module(x, mask)
-    module.eval()
-    for logits in (trained, module(x)):
-        assert logits.shape == (2, 3)
-        assert logits.dtype == jnp.float32
-        assert bool(jnp.isfinite(logits).all())
+
+    def both_modes(variables, x):
+        return [
+            model.apply(variables, x, mask, train, jax.random.key(0)) for train in (True, False)
+        ]
+
+    (trained, new), (evaluated, old) = compiled(both_modes, variables, x)
+    assert trained.shape == evaluated.shape == (2, 3)
+    assert all(
+        bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((trained, new, evaluated))
+    )
+    assert_close(old, variables.stats, 0)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "logistic"])
@@ -331,12 +355,19 @@ def test_without_norm_every_convolution_has_a_bias(name):
     [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")],
 )
 def test_dtypes(x64, name, dtype, parameters):
-    module, size = small(name, dtype=jnp.dtype(dtype))
-    state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {parameters}
-    x = normal(0, 2, size, size, 1).astype(dtype)
-    assert str(module(x, jnp.ones(2, bool)).dtype) == dtype
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {parameters}
+    module = nnx.eval_shape(lambda: small(name, dtype=jnp.dtype(dtype))[0])
+
+    def state_dtypes():
+        state = nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+
+    assert state_dtypes() == {parameters}
+    size = MODELS[name].min_image_size
+    images = jax.ShapeDtypeStruct((2, size, size, 1), dtype)
+    mask = jax.ShapeDtypeStruct((2,), bool)
+    logits = nnx.eval_shape(lambda m, x, mask: m(x, mask), module, images, mask)
+    assert str(logits.dtype) == dtype
+    assert state_dtypes() == {parameters}
 
 
 @pytest.mark.parametrize("name", ["cnn", "cnn-mcmahan", "mobilenet-v2"])
@@ -347,17 +378,15 @@ def test_width_scales_the_channels(name):
 
 
 @pytest.mark.parametrize(
-    ("kernel_of", "bound"),
-    [
-        (lambda m: m.conv1, (9 * 1 + 9 * 32) ** -0.5),
-        (lambda m: m.conv_dw_1, (9 * 32 + 9) ** -0.5),  # Keras: fans of (3, 3, 32, 1)
-        (lambda m: m.conv_pw_13, (1024 + 1024) ** -0.5),
-    ],
+    ("inputs", "outputs", "groups", "fans"),
+    [(1, 32, 1, 9 * 1 + 9 * 32), (64, 64, 64, 9 * 64 + 9 * 1)],  # Keras: those of (3, 3, 64, 1)
 )
-def test_kernels_start_glorot_uniform(kernel_of, bound):
-    layer = kernel_of(build("mobilenet-v1", (32, 32, 1), 10, rngs=nnx.Rngs(0)))
-    largest = float(jnp.abs(layer.kernel[...]).max())
-    assert 0.95 < largest / (6**0.5 * bound) <= 1
+def test_kernels_start_glorot_uniform(inputs, outputs, groups, fans):
+    rngs = nnx.Rngs(0)
+    layer = conv(inputs, outputs, 3, groups=groups, dtype=jnp.float32, rngs=rngs)
+    assert 0.95 < jnp.abs(layer.kernel[...]).max() / (6 / fans) ** 0.5 <= 1
+    assert layer.bias is not None
+    np.testing.assert_array_equal(layer.bias[...], jnp.zeros(outputs))
 
 
 def test_refusals():

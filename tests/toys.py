@@ -8,20 +8,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxfed.models.layers import BatchNorm
 from jaxfed import Examples, Model, Partition, Plan, Variables, from_nnx, make_plan, make_schedule
+from jaxfed.models.layers import BatchNorm
 
 
 class Net(nnx.Module):
     """Two dense layers, with BatchNorm between them if asked for."""
 
     def __init__(self, *, norm: bool, dtype=jnp.float64, rngs: nnx.Rngs):
-        self.first = nnx.Linear(
-            6, 5, use_bias=not norm, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
-        self.norm = (
-            BatchNorm(5, momentum=0.9, dtype=dtype) if norm else None
-        )
+        self.first = nnx.Linear(6, 5, use_bias=not norm, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(5, momentum=0.9, dtype=dtype) if norm else None
         self.last = nnx.Linear(5, 3, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask=None):
@@ -98,7 +94,7 @@ def naive_round(
 ):
     """One round of Algorithm 1: a loop over clients, then the server's step."""
     results = [
-        naive_client(model, optimizer, variables, data, table, prox_mu) for table in plan.index
+        naive_client(model, optimizer, variables, data, table, prox_mu) for table in plan.rows
     ]
     weights = np.array([1.0 if uniform else count for _, count, _ in results])
     weights = weights / weights.sum()
@@ -119,7 +115,7 @@ def naive_round(
 
 def assert_close(left, right, tolerance: float):
     """Every leaf within `tolerance`, relative to the largest number of the leaf (at least 1)."""
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        a, b = np.asarray(a, float), np.asarray(b, float)
+    for pair in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        a, b = (np.asarray(leaf, float) for leaf in pair)
         assert a.shape == b.shape
         assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())

@@ -310,7 +310,8 @@ def partition(
         if total > len(labels):
             raise DataError(
                 f"got {num_clients} clients x {examples_per_client} examples = {total}; expected "
-                f"at most {len(labels)}, the number of training examples: lower one of the two"
+                f"at most {len(labels)}, the number of training examples: lower "
+                "num_clients or examples_per_client"
             )
         subset = np.sort(_rng(seed, stream=1).permutation(len(labels))[:total]).astype(np.int32)
         labels = labels[subset]

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -101,7 +102,7 @@ def norm(
     momentum: float = 0.99,
     epsilon: float = 1e-3,
     dtype: DTypeLike,
-) -> "BatchNorm | GroupNorm | LayerNorm | NoNorm":
+) -> "Norm":
     """The normalisation layer called `name`; `momentum` is BatchNorm's."""
     match name:
         case "batch":
@@ -161,9 +162,10 @@ class BatchNorm(nnx.Module):
             share = 1 / jnp.maximum(count, 1)
             mean = jnp.sum(x, axes, where=real) * share
             var = jnp.sum(jnp.square(x - mean), axes, where=real) * share
-            decay = jnp.where(count > 0, self.momentum, 1)
-            self.mean[...] = decay * self.mean + (1 - decay) * mean
-            self.var[...] = decay * self.var + (1 - decay) * var
+            # Keras: 1 - momentum is rounded to float32, in float64 too.
+            rate = jnp.where(count > 0, float(np.float32(1 - self.momentum)), 0)
+            self.mean[...] -= rate * (self.mean - mean)
+            self.var[...] -= rate * (self.var - var)
         x = (x - mean) * (lax.rsqrt(var + self.epsilon) * self.scale) + self.bias
         return x.astype(dtype)
 

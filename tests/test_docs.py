@@ -1,0 +1,75 @@
+"""What the README and the docstrings show is run."""
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxfed
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(jaxfed.__path__, "jaxfed.")
+    if not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", ["jaxfed", *MODULES])
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_library_examples(capsys):
+    scope = {"__name__": "readme"}
+    for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(source, scope)  # the README is ours
+    final, train = (float(text) for text in capsys.readouterr().out.split())
+    assert final > 0.85
+    assert train > 0.7
+
+
+def commands():
+    """Every `python -m jaxfed.train` of the README that needs no dataset from outside."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines()]
+    return [line for line in lines if line.startswith("python -m jaxfed.train")]
+
+
+@pytest.mark.slow
+def test_commands(tmp_path):
+    ours = [line for line in commands() if "mnist" not in line]
+    assert len(ours) >= 5
+    for line in ours:
+        words = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stderr == "", line
+    assert (tmp_path / "runs/s/sweep.csv").exists()
+
+
+def test_setup_commands_are_the_contract():
+    assert "pip install -e . && python -m jaxfed.train" in README
+    assert "pip install -e '.[test]' && pytest" in README
+
+
+def test_every_linked_file_exists():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_figures_in_the_readme_are_those_of_the_results_file():
+    results = json.loads((ROOT / "docs/results/collapse.json").read_text())
+    for row in results["runs"]:
+        accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
+        assert f"| {row['label']} | {accuracies} |" in README
