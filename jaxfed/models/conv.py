@@ -3,9 +3,9 @@
 Each client has its own kernels, and `vmap` of `lax.conv_general_dilated` over kernels is a grouped
 convolution, which XLA runs 20 to 70 times slower on CPU than what stands here: a convolution is a
 matrix product of image patches, which `vmap` turns into a batched matrix product, and a depthwise
-convolution is a sum of shifted products. Both derivatives are written out, because the
-ones autodiff finds (scatter-adds) are two to three times slower on CPU; the price is that
-forward-mode differentiation (`jax.jvp`) is not available.
+convolution is a sum of shifted products. Both derivatives are written out: those that autodiff
+finds are scatter-adds (not deterministic on GPU) and padded sums, each up to twice as slow on CPU.
+The price is that forward-mode differentiation (`jax.jvp`) is not available.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,8 @@ def patches_conv(
     Made for the `conv_general_dilated=` argument of `flax.nnx.Conv`. Covers dense (I = C) and
     depthwise (I = 1, F = C) two-dimensional convolutions; dilated and otherwise grouped ones, other
     layouts and an explicit output sharding go to `lax.conv_general_dilated`. Patches as matrices
-    ("im2col"): Chellapilla,
-    Puri and Simard, High Performance Convolutional Neural Networks for Document Processing, 2006.
+    ("im2col"): Chellapilla, Puri and Simard, High Performance Convolutional Neural Networks for
+    Document Processing, 2006.
     """
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
