@@ -21,6 +21,7 @@ from jaxfed.experiment import (
 from jaxfed.model import Model, Variables, from_linen, from_nnx
 from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, make_plan, make_schedule
+from jaxfed.prepare import prepare
 from jaxfed.run import Result, run
 
 __all__ = [
@@ -28,5 +29,5 @@ __all__ = [
     "Experiment", "FedAlgorithm", "Model", "ModelConfig", "Partition", "Plan", "Result",
     "ServerConfig", "State", "Variables", "central", "fedavg", "fedsgd", "from_json",
     "from_linen", "from_nnx", "load", "local_training", "make_plan", "make_schedule", "optimizer",
-    "partition", "run", "score", "sum_over_clients", "to_json",
+    "partition", "prepare", "run", "score", "sum_over_clients", "to_json",
 ]  # fmt: skip

@@ -105,7 +105,8 @@ def _masked_grad(model: Model, loss: LossFn, dtype: DTypeLike) -> Callable:
 
 
 def _where(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+    # The old dtype stands: a module may keep its statistics in another precision than it computes.
+    return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
 
 
 def make_trainer(

@@ -2,7 +2,7 @@
 
 Nothing here needs a dataset, a model or JAX. What can only be judged with them at hand
 (more clients than examples, a network that needs larger images) is refused by
-`jaxfed.run.prepare`, also before anything is compiled.
+`jaxfed.prepare`, also before anything is compiled.
 """
 
 import dataclasses

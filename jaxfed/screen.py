@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxfed.experiment import ClientConfig, ServerConfig
-from jaxfed.run import Task, chunk_of, device_name, name_of
+from jaxfed.prepare import Task
+from jaxfed.program import chunk_of
+from jaxfed.run import device_name, name_of
 
 POLICIES = {
     "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",

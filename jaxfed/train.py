@@ -23,7 +23,9 @@ from rich.console import Console
 from jaxfed import folder, report, screen
 from jaxfed.data import DataError
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
-from jaxfed.run import Program, Task, compile_tasks, name_of, prepare, segments, summarize
+from jaxfed.prepare import Task, prepare
+from jaxfed.program import Program, compile_tasks, segments
+from jaxfed.run import name_of, summarize
 from jaxfed.sweep import Point, folder_name, points, programs
 
 

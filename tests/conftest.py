@@ -12,9 +12,12 @@ with warnings.catch_warnings():
     from jaxtyping import install_import_hook
 
     with install_import_hook("jaxfed", "beartype.beartype"):
-        pass
+        import jaxfed
+        import jaxfed.train
+    # Under the hook, before any test can import them without it.
+    assert jaxfed.train.Command
 
-import jax
+    import jax
 
 
 @pytest.fixture(autouse=True, scope="session")

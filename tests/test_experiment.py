@@ -23,7 +23,7 @@ from jaxfed.experiment import (
     to_json,
     validate,
 )
-from jaxfed.run import prepare
+from jaxfed.prepare import prepare
 from jaxfed.train import main, parse
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from jaxfed import Experiment, ModelConfig, run
 from jaxfed.experiment import from_json, override
-from jaxfed.run import compile_tasks, prepare
+from jaxfed.prepare import prepare
+from jaxfed.program import compile_tasks
 from jaxfed.sweep import points, programs
 from jaxfed.train import main
 

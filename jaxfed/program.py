@@ -1,0 +1,267 @@
+"""The compiled program of one or more tasks, and its running.
+
+compile_tasks([task, ...]) -> Program   one compilation for all points of a sweep
+segments(program) -> Segment, ...       the rounds between two evaluations, a dispatch each
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central, fedavg, fedsgd
+from jaxfed.client import Examples
+from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator
+from jaxfed.experiment import Experiment
+from jaxfed.model import Variables
+from jaxfed.optimizers import optimizer
+from jaxfed.plan import Plan, make_plan, stack_plans
+from jaxfed.prepare import Task, compute_dtype, precision
+
+EVAL_BATCH = 200
+PLAN_BYTES = 64 * 2**20
+"""Plans of so many bytes at most are on the device at a time."""
+
+AUTO_CHUNK = {"cpu": 10, "gpu": 128, "tpu": 128}
+"""Clients at once under `parallel="auto"`; measured on CPU, not yet on the others."""
+
+Knob = Float[Array, "*points"] | float
+
+
+class Knobs(NamedTuple):
+    """The numbers that may differ between the points of one compiled program."""
+
+    client_lr: Knob
+    client_momentum: Knob
+    server_lr: Knob
+    server_momentum: Knob
+    prox_mu: Knob
+
+
+class Program(NamedTuple):
+    """The compiled round and evaluation of one or more tasks, and what they are fed."""
+
+    tasks: Sequence[Task]
+    length: int
+    """Rounds a dispatch."""
+    train: Any
+    evaluate: Any
+    knobs: Knobs
+    train_set: Examples
+    test_set: Examples
+    test_index: Array
+    train_index: Array
+    state: State
+    """The initial state; a leading axis `[points]` on every leaf."""
+    compile_seconds: float
+
+
+class Segment(NamedTuple):
+    """What one dispatch brought: its rounds, for every point."""
+
+    rows: list[list[dict[str, Any]]]
+    """`[points][rounds]`, as they stand in `metrics.jsonl`."""
+    state: State
+    variables: Variables | None
+    """As they were evaluated (statistics recalibrated); None without evaluation."""
+    train_seconds: float
+    evaluate_seconds: float
+
+
+def chunk_of(experiment: Experiment) -> int | None:
+    """How many clients are computed at once; None is all of them."""
+    if experiment.parallel == "loop":
+        return 1
+    if experiment.parallel == "vmap":
+        return None
+    if experiment.parallel == "auto":
+        return AUTO_CHUNK.get(jax.default_backend(), AUTO_CHUNK["gpu"])
+    return int(experiment.parallel)
+
+
+def make_algorithm(task: Task, knobs: Knobs) -> FedAlgorithm:
+    """The algorithm an experiment names, with its numbers taken from `knobs` (may be traced)."""
+    experiment = task.experiment
+    client_tx = optimizer(experiment.client.optimizer, knobs.client_lr, knobs.client_momentum)
+    server_tx = optimizer(experiment.server.optimizer, knobs.server_lr, knobs.server_momentum)
+    dtype = compute_dtype(experiment)
+    if experiment.algorithm == "central":
+        return central(task.model, client_tx, dtype=dtype)
+    weighting, policy = experiment.weighting, experiment.model.batch_stats or "frozen"
+    population, chunk = task.partition.num_clients, chunk_of(experiment)
+    if experiment.algorithm == "fedsgd":
+        return fedsgd(
+            task.model, server_tx, weighting=weighting, batch_stats=policy,
+            num_clients=population, chunk=chunk, dtype=dtype,
+        )  # fmt: skip
+    return fedavg(
+        task.model, client_tx, server_tx, weighting=weighting, batch_stats=policy,
+        prox_mu=knobs.prox_mu if experiment.algorithm == "fedprox" else None,
+        num_clients=population, chunk=chunk, dtype=dtype,
+    )  # fmt: skip
+
+
+def knobs_of(experiment: Experiment) -> Knobs:
+    """The numbers of an experiment that a sweep may vary without compiling again."""
+    client, server = experiment.client, experiment.server
+    return Knobs(
+        client.lr, client.momentum or 0.0, server.lr, server.momentum or 0.0, client.prox_mu or 0.0
+    )
+
+
+def segment_length(task: Task, checkpoint_every: int | None = None) -> int:
+    """Rounds a dispatch: it ends at every evaluation and checkpoint, and divides the run."""
+    experiment = task.experiment
+    length = math.gcd(experiment.rounds, experiment.eval_every, checkpoint_every or 0)
+    seats = 1 if task.schedule.pooled else task.schedule.clients_per_round
+    size = 4 * seats * task.schedule.steps * task.schedule.batch
+    while length > 1 and length * size > PLAN_BYTES:
+        length = max(d for d in range(1, length) if length % d == 0)
+    return length
+
+
+def compile_tasks(tasks: Sequence[Task], checkpoint_every: int | None = None) -> Program:
+    """Compiles the training segment and the evaluation for tasks that differ in knobs and seed.
+
+    Ahead of time, so that nothing can be compiled again later: a call with other shapes fails.
+    """
+    first = tasks[0]
+    with precision(first.experiment):
+        return _compile(tasks, checkpoint_every)
+
+
+def _compile(tasks: Sequence[Task], checkpoint_every: int | None) -> Program:
+    started = time.perf_counter()
+    first = tasks[0]
+    length = segment_length(first, checkpoint_every)
+    knobs = jax.tree.map(lambda *leaves: jnp.asarray(leaves, float), *(
+        knobs_of(task.experiment) for task in tasks
+    ))  # fmt: skip
+    dataset = first.dataset
+    train_set = Examples(jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train))
+    test_set = Examples(jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test))
+    test_index = jnp.asarray(batches(np.arange(len(dataset.y_test)), EVAL_BATCH))
+    train_index = jnp.asarray(_stacked([_recalibration_rows(task) for task in tasks]))
+    init = jax.jit(lambda key: make_algorithm(first, knobs_of(first.experiment)).init(
+        first.model.init(key)
+    ))  # fmt: skip
+    states = [init(jax.random.key(task.experiment.seed)) for task in tasks]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    policy = first.experiment.model.batch_stats or "frozen"
+    evaluate = evaluator(first.model, policy, dtype=compute_dtype(first.experiment))
+
+    def train_points(knobs: Knobs, state: State, train_set: Examples, plans: Plan) -> Any:
+        def one(point: tuple) -> tuple[State, RoundMetrics]:
+            knobs, state, plans = point
+            algorithm = make_algorithm(first, knobs)
+            return jax.lax.scan(
+                lambda state, plan: algorithm.round(state, Cohort(train_set, plan)), state, plans
+            )
+
+        return jax.lax.map(one, (knobs, state, plans))
+
+    def evaluate_points(
+        state: State, test: Examples, test_index: Array, train: Examples, train_index: Array
+    ) -> Any:
+        def one(point: tuple) -> Any:
+            state, train_index = point
+            return evaluate(state, test, test_index, train, train_index)
+
+        return jax.lax.map(one, (state, train_index))
+
+    plans = _plans(tasks, 1, length)
+    train_program = jax.jit(train_points, donate_argnums=1)
+    evaluate_program = jax.jit(evaluate_points)
+    train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
+    evaluate_compiled = evaluate_program.lower(
+        state, test_set, test_index, train_set, train_index
+    ).compile()
+    return Program(
+        tasks, length, train_compiled, evaluate_compiled, knobs, train_set, test_set, test_index,
+        train_index, state, time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _recalibration_rows(task: Task) -> np.ndarray:
+    rng = np.random.default_rng([task.experiment.seed, 0])
+    rows = rng.permutation(task.partition.order)[:RECALIBRATION_EXAMPLES]
+    return batches(rows, min(EVAL_BATCH, len(rows)))
+
+
+def _stacked(tables: list[np.ndarray]) -> np.ndarray:
+    steps = max(len(table) for table in tables)
+    return np.stack([np.pad(t, ((0, steps - len(t)), (0, 0)), constant_values=-1) for t in tables])
+
+
+def _plans(tasks: Sequence[Task], first_round: int, length: int) -> Plan:
+    rounds = range(first_round, first_round + length)
+    return stack_plans(
+        [stack_plans([make_plan(task.schedule, number) for number in rounds]) for task in tasks]
+    )
+
+
+def segments(
+    program: Program, state: State | None = None, first_round: int = 1
+) -> Iterator[Segment]:
+    """Runs round after round, evaluating where the experiment says so.
+
+    Args:
+      program: from `compile_tasks`. Its initial state is donated to the first segment.
+      state: to go on from; None for the initial state.
+      first_round: number of the first round to run.
+    """
+    experiment = program.tasks[0].experiment
+    state = program.state if state is None else state
+    for start in range(first_round, experiment.rounds + 1, program.length):
+        with precision(experiment):
+            before = time.perf_counter()
+            plans = _plans(program.tasks, start, program.length)
+            state, metrics = program.train(program.knobs, state, program.train_set, plans)
+            metrics = jax.device_get(metrics)
+            trained = time.perf_counter()
+            last = start + program.length - 1
+            scores, variables = None, None
+            if last % experiment.eval_every == 0 or last == experiment.rounds:
+                scores, variables = program.evaluate(
+                    state, program.test_set, program.test_index,
+                    program.train_set, program.train_index,
+                )  # fmt: skip
+                scores = jax.device_get(scores)
+            evaluated = time.perf_counter()
+        seconds = (trained - before) / program.length
+        rows = [
+            [
+                _row(metrics, scores if number == last else None, point, number, start, seconds)
+                for number in range(start, last + 1)
+            ]
+            for point in range(len(program.tasks))
+        ]
+        assert state is not None
+        yield Segment(rows, state, variables, trained - before, evaluated - trained)
+
+
+def _row(
+    metrics: RoundMetrics, scores: Any, point: int, number: int, start: int, seconds: float
+) -> dict[str, Any]:
+    at = (point, number - start)
+    return {
+        "round": number,
+        "train_loss": _number(metrics.train_loss[at]),
+        "train_accuracy": _number(metrics.train_accuracy[at]),
+        "test_loss": None if scores is None else _number(scores.loss[point]),
+        "test_accuracy": None if scores is None else _number(scores.accuracy[point]),
+        "num_examples": int(metrics.num_examples[at]),
+        "seconds": round(seconds, 6),
+        "dropped_clients": int(metrics.dropped[at]),
+        "delta_norm": _number(metrics.delta_norm[at]),
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A float for JSON, which has no NaN and no infinity."""
+    return float(value) if np.isfinite(value) else None
