@@ -161,7 +161,6 @@ def fedsgd(
     *,
     weighting: Weighting = "examples",
     batch_stats: BatchStats = "recalibrate",
-    num_clients: int | None = None,
     chunk: int | None = None,
     loss: LossFn = cross_entropy,
     dtype: DTypeLike = jnp.float32,
@@ -171,9 +170,14 @@ def fedsgd(
     $$w \leftarrow w - \mathrm{opt}\Big(\frac{\sum_k n_k \nabla F_k(w)}{\sum_k n_k}\Big)$$
 
     Arguments as in `fedavg`. Source: McMahan et al. (2017), section 2.
+
+    Raises:
+      ValueError: for `batch_stats="local"`: no client takes a step of its own.
     """
+    if batch_stats == "local":
+        raise ValueError('fedsgd: got batch_stats="local", but clients take no step of their own')
     client = full_gradient(model, loss=loss, dtype=dtype)
-    return _averaging(client, server_optimizer, weighting, batch_stats, num_clients, chunk)
+    return _averaging(client, server_optimizer, weighting, batch_stats, None, chunk)
 
 
 def _averaging(
@@ -258,7 +262,7 @@ def _averaging(
             stats = bn.from_moments(stats) if batch_stats == "pooled" else stats
         new = State(Variables(params, stats), opt_state, None)
         old = State(state.variables, state.opt_state, None)
-        new = jax.tree.map(lambda n, o: jnp.where(some, n, o), new, old)
+        new = jax.tree.map(lambda n, o: jnp.where(some, n.astype(o.dtype), o), new, old)
         if keeps_own:
             # An empty seat, -1, writes nowhere.
             seats = jnp.where(plan.clients < 0, population, plan.clients)

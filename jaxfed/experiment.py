@@ -314,6 +314,11 @@ def validate(experiment: Experiment) -> None:
                 "--weighting: got uniform with algorithm central, which has no clients; "
                 "leave it out"
             )
+    if experiment.algorithm == "fedsgd" and model.batch_stats == "local":
+        raise ConfigError(
+            "--model.batch_stats: got local with algorithm fedsgd, whose clients take no step of "
+            "their own; use recalibrate, or --algorithm fedavg"
+        )
     if experiment.algorithm == "fedsgd" and client.epochs not in (None, 1):
         raise ConfigError(
             f"--client.epochs: got {client.epochs} with algorithm fedsgd, where a client sends "

@@ -96,8 +96,8 @@ def make_algorithm(task: Task, knobs: Knobs) -> FedAlgorithm:
     population, chunk = task.partition.num_clients, chunk_of(experiment)
     if experiment.algorithm == "fedsgd":
         return fedsgd(
-            task.model, server_tx, weighting=weighting, batch_stats=policy,
-            num_clients=population, chunk=chunk, dtype=dtype,
+            task.model, server_tx, weighting=weighting, batch_stats=policy, chunk=chunk,
+            dtype=dtype,
         )  # fmt: skip
     return fedavg(
         task.model, client_tx, server_tx, weighting=weighting, batch_stats=policy,

@@ -71,12 +71,19 @@ def _optimizer(config: ClientConfig | ServerConfig) -> str:
 
 
 @contextlib.contextmanager
-def rounds_bar(console: Console, total: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
-    """A bar with rate and time left; without a terminal, a plain line at every evaluation."""
+def rounds_bar(
+    console: Console, total: int
+) -> Iterator[Callable[[int, dict[str, Any] | None], None]]:
+    """A bar with rate and time left; without a terminal, a plain line at every evaluation.
+
+    Gives a function of the rounds done and the newest row, or None while a program compiles.
+    """
     if not console.is_terminal:
 
-        def plain(done: int, row: dict[str, Any]) -> None:
-            if row["test_accuracy"] is not None:
+        def plain(done: int, row: dict[str, Any] | None) -> None:
+            if row is None:
+                console.print("compiling ...", highlight=False)
+            elif row["test_accuracy"] is not None:
                 console.print(f"{done}/{total}  {row_text(row)}", highlight=False)
 
         yield plain
@@ -88,10 +95,12 @@ def rounds_bar(console: Console, total: int) -> Iterator[Callable[[int, dict[str
     with Progress(*columns, console=console, transient=True) as bar:
         job = bar.add_task("rounds", total=total, rate="", row="")
 
-        def update(done: int, row: dict[str, Any]) -> None:
+        def update(done: int, row: dict[str, Any] | None) -> None:
             rate = bar.tasks[0].speed
             shown = f"{rate:.2f}/s" if rate else ""
-            if row["test_accuracy"] is not None:
+            if row is None:
+                bar.update(job, row="compiling ...")
+            elif row["test_accuracy"] is not None:
                 bar.update(job, row=row_text(row))
             bar.update(job, completed=done, rate=shown)
 

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from jaxfed import folder, report, screen
-from jaxfed.data import DataError
+from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
 from jaxfed.prepare import Task, prepare
 from jaxfed.program import Program, compile_tasks, segments
@@ -46,6 +46,8 @@ class Command:
     """Go on with the run that is in --out."""
     checkpoint_every: int | None = None
     """Save the state every so many rounds (default: at the end, and when interrupted)."""
+    labels: bool = False
+    """Print how many images of each class every client holds, and stop."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -195,6 +197,11 @@ def train(command: Command, console: Console) -> int:
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
         tasks = _prepare_all(todo, progress)
+    if command.labels:
+        first = tasks[0]
+        table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
+        console.print(format_label_table(table), highlight=False, soft_wrap=True)
+        return 0
     groups = programs([task.experiment for task in tasks])
     screen.header(console, tasks[0], len(todo), len(groups))
     folders = _folders(command, todo, tasks)
@@ -204,6 +211,7 @@ def train(command: Command, console: Console) -> int:
     with screen.rounds_bar(console, total) as update:
         for number, group in enumerate(groups):
             members = [tasks[i] for i in group]
+            update(done, None)
             program = compile_tasks(members, command.checkpoint_every)
             home = command.out
             if home and command.sweep:

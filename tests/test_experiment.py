@@ -146,6 +146,10 @@ REFUSED = {
     "several epochs of fedsgd": (
         ["--algorithm", "fedsgd", "--client.epochs", "2"], ["client.epochs", "fedsgd"],
     ),
+    "local statistics without local steps": (
+        ["--algorithm", "fedsgd", "--model.norm", "batch", "--model.batch_stats", "local"],
+        ["batch_stats", "fedsgd"],
+    ),
     "no chunk": (["--parallel", "0"], ["parallel", "1 or more"]),
     "missing config": (["--config", "nowhere.json"], ["config", "nowhere.json"]),
     "resume without folder": (["--resume"], ["resume", "--out"]),

@@ -149,6 +149,16 @@ def test_output_for_a_pipe_is_plain_lines():
     assert done.stderr == ""
 
 
+def test_label_table_shows_the_skew(capsys):
+    flags = ["--data.partition", "pathological", "--data.classes_per_client", "2", "--labels"]
+    assert main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    clients = [[int(word) for word in line.split()] for line in lines if line.split()[0].isdigit()]
+    counts = [row[1:11] for row in clients if len(row) >= 11]
+    assert len(counts) == 10
+    assert all(sum(count > 0 for count in row) == 2 for row in counts)
+
+
 def test_help_names_every_group():
     command = [sys.executable, "-m", "jaxfed.train", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,66 @@
+"""The wheel: jaxfed alone, and it runs outside the checkout."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_wheel_holds_jaxfed_alone_and_runs_elsewhere(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"jaxfed"}
+    assert "jaxfed/py.typed" in names
+    assert any(name.endswith("LICENSE") for name in names)
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    where = "import jaxfed; print(jaxfed.__file__)"
+    train = ["-m", "jaxfed.train", "--rounds", "1", "--model.name", "logistic"]
+    for arguments, expected in ((["-c", where], str(site)), (train, "round 1")):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert expected in done.stdout
+
+
+def test_everything_imported_is_declared():
+    """A module from outside is in the dependencies, or in the extra that its loader names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = {"tensorflow_datasets"}
+    names = {"sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
+    declared = {re.split(r"[>=<\[;]", line)[0] for line in project["dependencies"]}
+    for path in (ROOT / "jaxfed").rglob("*.py"):
+        found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        for module in set(found) - set(sys.stdlib_module_names) - optional - {"jaxfed"}:
+            assert names.get(module, module) in declared, (path.name, module)
+
+
+def test_imports_point_one_way():
+    """A file never imports one to its right, and the data layer never imports JAX."""
+    order = [
+        "experiment", "model", "models", "data", "optimizers", "plan", "client", "batch_stats",
+        "aggregate", "algorithm", "evaluate", "prepare", "program", "run", "sweep", "folder",
+        "report", "screen", "train",
+    ]  # fmt: skip
+    for path in (ROOT / "jaxfed").rglob("*.py"):
+        inside = path.relative_to(ROOT / "jaxfed").with_suffix("").parts[0]
+        text = path.read_text()
+        if inside == "data":
+            assert not re.search(r"^\s*(import|from) jax\b", text, re.MULTILINE), path.name
+        if inside == "__init__":
+            continue
+        for found in re.findall(r"^from jaxfed\.(\w+)", text, re.MULTILINE):
+            assert order.index(found) <= order.index(inside), (inside, found)
