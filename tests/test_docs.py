@@ -34,7 +34,7 @@ def test_library_examples(capsys):
     for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(source, scope)  # the README is ours
     final, train = (float(text) for text in capsys.readouterr().out.split())
-    assert final > 0.85
+    assert final > 0.75  # two-class clients
     assert train > 0.7
 
 

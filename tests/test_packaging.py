@@ -1,5 +1,6 @@
 """The wheel: jaxfed alone, and it runs outside the checkout."""
 
+import ast
 import os
 import re
 import subprocess
@@ -43,8 +44,13 @@ def test_everything_imported_is_declared():
     names = {"sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
     declared = {re.split(r"[>=<\[;]", line)[0] for line in project["dependencies"]}
     for path in (ROOT / "jaxfed").rglob("*.py"):
-        found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
-        for module in set(found) - set(sys.stdlib_module_names) - optional - {"jaxfed"}:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "jaxfed").split(".")[0])
+        for module in found - set(sys.stdlib_module_names) - optional - {"jaxfed"}:
             assert names.get(module, module) in declared, (path.name, module)
 
 
