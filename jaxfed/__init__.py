@@ -1,4 +1,4 @@
-"""Federated averaging in pure JAX: many clients in parallel, proven equal to TFF.
+"""Federated averaging in pure JAX: many clients in parallel on one device.
 
 The whole of it is `run(Experiment(...))`; every piece is usable alone.
 """

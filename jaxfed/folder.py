@@ -47,11 +47,11 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def begin(path: Path, experiment: Experiment, *, resume: bool) -> None:
-    """Makes a run's folder, or checks that the run in it may go on.
+    """Makes a run's folder, or checks that the run in it may go on, perhaps for more rounds.
 
     Raises:
       ConfigError: if a run is there and `resume` is False; or if it is True and the run that is
-        there has another configuration (naming the keys that differ).
+        there differs in more than its number of rounds (naming the keys that do).
     """
     config = path / CONFIG
     if config.exists():
@@ -65,6 +65,7 @@ def begin(path: Path, experiment: Experiment, *, resume: bool) -> None:
                 f"--resume: {str(path)!r} holds a run with other settings "
                 f"({'; '.join(changed)}); give the same settings or name another --out"
             )
+        write_atomically(config, to_json(experiment))
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def _differing(old: Experiment, new: Experiment) -> list[str]:
             node = node[part]
         return node
 
-    keys = [key for key in dotted_keys() if at(old, key) != at(new, key)]
+    keys = [key for key in dotted_keys() if key != "rounds" and at(old, key) != at(new, key)]
     return [f"{key}: was {at(old, key)}, now {at(new, key)}" for key in keys]
 
 

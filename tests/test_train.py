@@ -130,6 +130,16 @@ def test_resume_gives_what_an_uninterrupted_run_gives(tmp_path):
     assert numbers(cut) == numbers(whole)
 
 
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    long, grown = tmp_path / "long", tmp_path / "grown"
+    assert main([*QUICK, "--rounds", "6", "--out", str(long)]) == 0
+    assert main([*QUICK, "--rounds", "4", "--out", str(grown)]) == 0
+    assert main([*QUICK, "--rounds", "6", "--resume", "--out", str(grown)]) == 0
+    left, right = ([{**row, "seconds": 0} for row in rows_of(path)] for path in (long, grown))
+    assert left == right
+    assert from_json(grown / "config.json") == from_json(long / "config.json")
+
+
 def test_a_run_that_diverges_fails_and_says_so(tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--server.optimizer", "sgd", "--server.lr", "1e38", "--out", str(out)]
