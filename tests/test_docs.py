@@ -73,3 +73,12 @@ def test_figures_in_the_readme_are_those_of_the_results_file():
     for row in results["runs"]:
         accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
         assert f"| {row['label']} | {accuracies} |" in README
+
+
+def test_figures_beside_mcmahan_are_those_of_the_results_file():
+    page = (ROOT / "docs/mcmahan.md").read_text()
+    for run in json.loads((ROOT / "docs/results/mcmahan.json").read_text())["runs"]:
+        tested = run["test_accuracy"]
+        first = run["first_round_at_99_percent"] or "not reached"
+        cells = (run["partition"], f"{run['lr']:g}", len(tested), first, f"{max(tested):.4f}")
+        assert "| " + " | ".join(map(str, cells)) + " |" in page
