@@ -5,7 +5,7 @@ All of it happens on the host; what cannot work is refused here, before any comp
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,18 +61,21 @@ def prepare(
             f"--data.image_size: got {size}, expected {spec.min_image_size} or more for "
             f"{experiment.model.name}; leave it out to have smaller images padded"
         )
-    dataset = data.load(experiment.data.dataset, progress) if dataset is None else dataset
+    if dataset is None:
+        with _naming("--data.dataset"):
+            dataset = data.load(experiment.data.dataset, progress)
     dataset = data.fit(dataset, size, 1 if spec is None else spec.min_image_size)
     config = experiment.data
     num_clients = config.num_clients
     if num_clients is None and config.partition != "natural":
         num_clients = 10
-    partition = data.partition(
-        config.partition, dataset.y_train, num_clients=num_clients, seed=experiment.seed,
-        examples_per_client=config.examples_per_client,
-        shards_per_client=config.shards_per_client, alpha=config.alpha,
-        classes_per_client=config.classes_per_client, client_ids=dataset.client_train,
-    )  # fmt: skip
+    with _naming(f"--data.partition {config.partition}"):
+        partition = data.partition(
+            config.partition, dataset.y_train, num_clients=num_clients, seed=experiment.seed,
+            examples_per_client=config.examples_per_client,
+            shards_per_client=config.shards_per_client, alpha=config.alpha,
+            classes_per_client=config.classes_per_client, client_ids=dataset.client_train,
+        )  # fmt: skip
     norm = experiment.model.norm
     if model is None:
         if spec is not None:
@@ -95,6 +98,15 @@ def prepare(
     )  # fmt: skip
     parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
     return Task(experiment, dataset, partition, schedule, model, parameters, statistics)
+
+
+@contextlib.contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Puts the flag in front of what the data layer, which knows no flags, complains of."""
+    try:
+        yield
+    except data.DataError as error:
+        raise data.DataError(f"{flag}: {error}") from None
 
 
 def _resolve(
