@@ -22,8 +22,7 @@ from jaxfed import (
 )
 from jaxfed.models import MODELS, builder
 
-LARGE = [name for name in MODELS if name.startswith("mobilenet")]
-DETERMINISTIC = [name for name in MODELS if name != "cnn-dropout"]
+SMALL = [name for name in MODELS if not name.startswith("mobilenet")]
 
 
 def images(side, count=8):
@@ -34,31 +33,43 @@ def images(side, count=8):
 
 @pytest.mark.parametrize(
     ("name", "chunk"),
-    [(name, chunk) for name in DETERMINISTIC if name not in LARGE for chunk in (None, 1)]
-    + [pytest.param(name, 1 if name.endswith("v2") else None, marks=pytest.mark.slow)
-       for name in LARGE],
-)  # fmt: skip
+    [
+        *((name, chunk) for name in SMALL for chunk in (None, 1)),
+        pytest.param("mobilenet-v1", None, marks=pytest.mark.slow),
+        pytest.param("mobilenet-v2", 1, marks=pytest.mark.slow),
+        pytest.param("mobilenet-v3-small", None, marks=pytest.mark.slow),
+    ],
+)
 def test_engine_equals_the_naive_loop_on_every_network(name, chunk, x64):
-    """Ragged clients, so that padded rows pass through every layer of every network."""
+    """Ragged clients, so that padded rows pass through every layer of every network.
+
+    MobileNetV3-large is the code of V3-small with another table.
+    """
+    large = name not in SMALL
     side = MODELS[name].min_image_size
-    width = 0.25 if name in LARGE else 0.5 if name != "logistic" else 1.0
+    width = 0.25 if large else 0.5 if name != "logistic" else 1.0
+    # On batches of three the gradient of a new MobileNet is in the hundreds: a small rate keeps
+    # the second step from multiplying the rounding of the first.
+    rate = 1e-6 if large else 1e-3
     build = builder(name, (side, side, 1), 10, width=width, dtype=jnp.float64)
     model, data = from_nnx(without_dropout(build)), images(side)
     server, plan = optax.sgd(1.0), plan_of(clients_of(5, 3), batch_size=3)
     algorithm = fedavg(
-        model, optax.sgd(1e-3), server, batch_stats="mean", chunk=chunk, dtype=jnp.float64
+        model, optax.sgd(rate), server, batch_stats="mean", chunk=chunk, dtype=jnp.float64
     )
     start = jax.jit(model.init)(jax.random.key(0))
-    state, _ = jax.jit(algorithm.round)(algorithm.init(start), Cohort(data, plan))
+    # Compiled once and run once: the compiler's costly passes do not pay.
+    step = jax.jit(algorithm.round, compiler_options={"xla_backend_optimization_level": 0})
+    state, _ = step(algorithm.init(start), Cohort(data, plan))
     expected, _, _ = naive_round(
-        model, optax.sgd(1e-3), server, start, server.init(start.params), data, plan
+        model, optax.sgd(rate), server, start, server.init(start.params), data, plan
     )
     moved = jax.tree.map(jnp.subtract, state.variables, start)
     naive_moved = jax.tree.map(jnp.subtract, expected, start)
-    # Of the whole update: a MobileNet multiplies a rounding error by about 3 in a step.
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(naive_moved))
-    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), moved, naive_moved)
-    assert max(map(float, jax.tree.leaves(gaps))) <= (1e-10 if name in LARGE else 1e-12) * scale
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(naive_moved.params))
+    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), moved.params, naive_moved.params)
+    assert max(map(float, jax.tree.leaves(gaps))) <= (1e-10 if large else 1e-12) * scale
+    assert_close(state.variables.stats, expected.stats, 1e-10)
 
 
 def without_dropout(build):
