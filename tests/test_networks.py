@@ -36,7 +36,6 @@ def images(side, count=8):
     [
         *((name, chunk) for name in SMALL for chunk in (None, 1)),
         pytest.param("mobilenet-v1", None, marks=pytest.mark.slow),
-        pytest.param("mobilenet-v2", 1, marks=pytest.mark.slow),
         pytest.param("mobilenet-v3-small", None, marks=pytest.mark.slow),
     ],
 )
