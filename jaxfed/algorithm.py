@@ -152,7 +152,10 @@ def fedavg(
     """
     client = local_training(model, client_optimizer, loss=loss, prox_mu=prox_mu, dtype=dtype)
     server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
-    return _averaging(client, server, weighting, batch_stats, num_clients, chunk)
+    return averaging(
+        client, server, weighting=weighting, batch_stats=batch_stats, num_clients=num_clients,
+        chunk=chunk,
+    )  # fmt: skip
 
 
 def fedsgd(
@@ -177,17 +180,25 @@ def fedsgd(
     if batch_stats == "local":
         raise ValueError('fedsgd: got batch_stats="local", but clients take no step of their own')
     client = full_gradient(model, loss=loss, dtype=dtype)
-    return _averaging(client, server_optimizer, weighting, batch_stats, None, chunk)
+    return averaging(
+        client, server_optimizer, weighting=weighting, batch_stats=batch_stats, chunk=chunk
+    )
 
 
-def _averaging(
+def averaging(
     client: ClientUpdateFn,
     server: optax.GradientTransformation,
-    weighting: Weighting,
-    batch_stats: BatchStats,
-    num_clients: int | None,
-    chunk: int | None,
+    *,
+    weighting: Weighting = "examples",
+    batch_stats: BatchStats = "recalibrate",
+    num_clients: int | None = None,
+    chunk: int | None = None,
 ) -> FedAlgorithm:
+    """The server's half, for any client: weighted mean of what clients send, one optimizer step.
+
+    `fedavg` and `fedsgd` are this with `jaxfed.client.local_training` and `full_gradient`; a new
+    algorithm brings a `ClientUpdateFn` of its own. The other arguments are those of `fedavg`.
+    """
     keeps_own = batch_stats == "local"
     if keeps_own and num_clients is None:
         raise ValueError('batch_stats="local" keeps a layer a client: give num_clients')
@@ -233,7 +244,7 @@ def _averaging(
         def weighted(tree: Tree) -> Tree:
             return jax.tree.map(lambda leaf: jnp.where(kept, weight * leaf, 0), tree)
 
-        # TFF: also adds up the training metrics of the clients it drops.
+        # TFF: FedProx and FedSGD also add up the training metrics of the clients they drop.
         counts = (result.num_examples, result.loss_sum, result.correct)
         summands = _Summands(
             weight, weighted(delta), weighted(sent),
@@ -250,7 +261,7 @@ def _averaging(
             _Seat(jnp.asarray(plan.clients), jnp.asarray(plan.rows)),
             chunk,
         )
-        # TFF: divides by the sum of weights as it is, NaN if nobody is left.
+        # TFF: divides as it is; if nobody is left, its server rejects the NaN, to the same effect.
         some = total.weight > 0
         divisor = jnp.where(some, total.weight, 1)
         delta = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), total.delta)

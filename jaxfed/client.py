@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, Shaped
@@ -18,9 +19,9 @@ from jaxfed.model import Model, Tree, Variables
 class Examples(NamedTuple):
     """Labelled images that stay on the device; plans refer to them by row."""
 
-    images: Shaped[Array, "examples ..."]
+    images: Shaped[Array | np.ndarray, "examples ..."]
     """uint8 (0 to 255, scaled to [0, 1] when a batch is taken) or floating point (as it is)."""
-    labels: Integer[Array, " examples"]
+    labels: Integer[Array | np.ndarray, " examples"]
 
 
 class ClientUpdate(NamedTuple):
@@ -59,10 +60,10 @@ def take_batch(
     """Gathers rows; -1 gives a row of padding, False in the mask that is returned last."""
     mask = rows >= 0
     rows = jnp.maximum(rows, 0)
-    images = examples.images[rows]
+    images = jnp.asarray(examples.images)[rows]
     if jnp.issubdtype(images.dtype, jnp.integer):
         images = images.astype(dtype) / 255
-    return images.astype(dtype), examples.labels[rows], mask
+    return images.astype(dtype), jnp.asarray(examples.labels)[rows], mask
 
 
 class BatchReport(NamedTuple):

@@ -5,7 +5,13 @@ import warnings
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all the time goes into compiling programs that run once: a quick compiler, a third as slow.
+QUICK = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+}
+for name, value in ({"JAX_PLATFORMS": "cpu"} | QUICK).items():
+    os.environ.setdefault(name, value)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,6 +31,12 @@ def cache_folder(tmp_path_factory):
     """Decoded datasets go to a folder of this test run, unless one is named."""
     if "JAXFED_CACHE_DIR" not in os.environ:
         os.environ["JAXFED_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def users_environment(cache_folder):
+    """For commands that are to be compiled as a user's are."""
+    return {name: value for name, value in os.environ.items() if name not in QUICK}
 
 
 @pytest.fixture

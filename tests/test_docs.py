@@ -46,12 +46,14 @@ def commands():
 
 
 @pytest.mark.slow
-def test_commands(tmp_path):
+def test_commands(tmp_path, users_environment):
     ours = [line for line in commands() if "mnist" not in line]
     assert len(ours) >= 5
     for line in ours:
         words = [sys.executable, *shlex.split(line)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=users_environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, (line, done.stderr)
         assert done.stderr == "", line
     assert (tmp_path / "runs/s/sweep.csv").exists()

@@ -19,7 +19,7 @@ def test_score_does_not_depend_on_batches(batch_size):
     model, data = net(norm=True), examples(11)
     variables = model.init(jax.random.key(1))
     mask = jnp.ones(11, bool)
-    logits, _ = model.apply(variables, data.images, mask, False, jax.random.key(0))
+    logits, _ = model.apply(variables, jnp.asarray(data.images), mask, False, jax.random.key(0))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
     index = jnp.asarray(batches(np.arange(11), batch_size))
     got = score(model, variables, data, index, dtype=jnp.float64)

@@ -27,12 +27,6 @@ def assert_close(got, expected, tolerance=1e-12):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def compiled(f, *arguments):
-    """`f(*arguments)`, compiled once and without optimisation: compiling is what takes the time."""
-    options: Any = {"xla_backend_optimization_level": 0}
-    return jax.jit(f).lower(*arguments).compile(options)(*arguments)
-
-
 # --- Parameter counts -----------------------------------------------------------------------
 
 
@@ -116,7 +110,7 @@ def value_and_pullback(conv, case):
 def test_convolution_and_gradients_equal_lax(x64, case):
     x, k = normal(0, 2, *case.image), normal(1, *case.kernel)
     got, expected = (
-        compiled(value_and_pullback(f, case), x, k)
+        jax.jit(value_and_pullback(f, case))(x, k)
         for f in (patches_conv, lax.conv_general_dilated)
     )
     assert_close(got, expected)
@@ -125,9 +119,10 @@ def test_convolution_and_gradients_equal_lax(x64, case):
 @pytest.mark.parametrize("case", CONVOLUTIONS[1:12:3], ids=str)
 def test_convolution_of_many_clients(x64, case):
     x, k = normal(0, 3, 2, *case.image), normal(1, 3, *case.kernel)
-    got = compiled(jax.vmap(value_and_pullback(patches_conv, case)), x, k)
+    got = jax.jit(jax.vmap(value_and_pullback(patches_conv, case)))(x, k)
     one_by_one = value_and_pullback(lax.conv_general_dilated, case)
-    assert_close(got, compiled(lambda x, k: lax.map(lambda pair: one_by_one(*pair), (x, k)), x, k))
+    mapped = jax.jit(lambda x, k: lax.map(lambda pair: one_by_one(*pair), (x, k)))
+    assert_close(got, mapped(x, k))
 
 
 def test_dilated_convolution_falls_back_to_lax(x64):
@@ -146,7 +141,7 @@ def test_second_derivative(x64):
         def loss(k):
             return jnp.sum(jnp.sin(conv(x, k, (2, 2), "SAME", dimension_numbers=NHWC)))
 
-        return compiled(jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), k)), k)
+        return jax.jit(jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), k)))(k)
 
     assert_close(hessian_product(patches_conv), hessian_product(lax.conv_general_dilated))
 
@@ -212,7 +207,7 @@ def batch_norm(x, mask):
         return total, (y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)))
 
     gradients = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    (dparams, dx), (y, new) = compiled(gradients, params, x)
+    (dparams, dx), (y, new) = jax.jit(gradients)(params, x)
     return y, nnx.to_pure_dict(dparams), dx, new
 
 
@@ -302,7 +297,13 @@ def small(name, **options):
     return build(name, (size, size, 1), 3, width=width, rngs=nnx.Rngs(0), **options), size
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("mobilenet") else ())
+        for name in MODELS
+    ],
+)
 def test_network_at_its_smallest_image(name):
     size = MODELS[name].min_image_size
     width = 1.0 if name == "logistic" else 0.25
@@ -319,7 +320,7 @@ def test_network_at_its_smallest_image(name):
             model.apply(variables, x, mask, train, jax.random.key(0)) for train in (True, False)
         ]
 
-    (trained, new), (evaluated, old) = compiled(both_modes, variables, x)
+    (trained, new), (evaluated, old) = jax.jit(both_modes)(variables, x)
     assert trained.shape == evaluated.shape == (2, 3)
     assert all(
         bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((trained, new, evaluated))

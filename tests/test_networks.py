@@ -36,11 +36,12 @@ def images(side, count=8):
     [
         *((name, chunk) for name in SMALL for chunk in (None, 1)),
         pytest.param("mobilenet-v1", None, marks=pytest.mark.slow),
+        pytest.param("mobilenet-v2", 1, marks=pytest.mark.slow),
         pytest.param("mobilenet-v3-small", None, marks=pytest.mark.slow),
     ],
 )
 def test_engine_equals_the_naive_loop_on_every_network(name, chunk, x64):
-    """Ragged clients, so that padded rows pass through every layer of every network.
+    """A padded row in every batch, and a padded step, pass through every layer of every network.
 
     MobileNetV3-large is the code of V3-small with another table.
     """
@@ -51,23 +52,30 @@ def test_engine_equals_the_naive_loop_on_every_network(name, chunk, x64):
     # the second step from multiplying the rounding of the first.
     rate = 1e-6 if large else 1e-3
     build = builder(name, (side, side, 1), 10, width=width, dtype=jnp.float64)
-    model, data = from_nnx(without_dropout(build)), images(side)
-    server, plan = optax.sgd(1.0), plan_of(clients_of(5, 3), batch_size=3)
+    model, data = from_nnx(without_dropout(build)), images(side, 9)
+    server, plan = optax.sgd(1.0), plan_of(clients_of(6, 3), batch_size=3)
+    padded = plan._replace(rows=np.pad(plan.rows, ((0, 0), (0, 0), (0, 1)), constant_values=-1))
     algorithm = fedavg(
         model, optax.sgd(rate), server, batch_stats="mean", chunk=chunk, dtype=jnp.float64
     )
     start = jax.jit(model.init)(jax.random.key(0))
-    # Compiled once and run once: the compiler's costly passes do not pay.
-    step = jax.jit(algorithm.round, compiler_options={"xla_backend_optimization_level": 0})
-    state, _ = step(algorithm.init(start), Cohort(data, plan))
-    expected, _, _ = naive_round(
-        model, optax.sgd(rate), server, start, server.init(start.params), data, plan
-    )
-    moved = jax.tree.map(jnp.subtract, state.variables, start)
-    naive_moved = jax.tree.map(jnp.subtract, expected, start)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(naive_moved.params))
-    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), moved.params, naive_moved.params)
-    assert max(map(float, jax.tree.leaves(gaps))) <= (1e-10 if large else 1e-12) * scale
+    state, _ = jax.jit(algorithm.round)(algorithm.init(start), Cohort(data, padded))
+
+    def naive(plan):
+        opt_state = server.init(start.params)
+        return naive_round(model, optax.sgd(rate), server, start, opt_state, data, plan)[0]
+
+    def gap(left, right):
+        gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), left.params, right.params)
+        return max(map(float, jax.tree.leaves(gaps)))
+
+    expected = naive(plan)
+    moved = gap(expected, start)
+    # How much rounding a network makes of a batch is its own affair: MobileNetV2 ends at one
+    # pixel, where BatchNorm divides by the spread of three numbers. So the naive loop says it
+    # itself, by what the order of the rows in a batch changes.
+    noise = gap(expected, naive(plan._replace(rows=plan.rows[..., ::-1])))
+    assert gap(state.variables, expected) <= np.clip(20 * noise, 1e-12 * moved, 1e-8 * moved)
     assert_close(state.variables.stats, expected.stats, 1e-10)
 
 
@@ -143,7 +151,7 @@ def test_every_policy_learns_where_the_frozen_one_cannot(policy):
     """BatchNorm on digits, many rounds of momentum 0.99: only `frozen` evaluates at chance."""
 
     def accuracy(policy):
-        model = ModelConfig(name="mlp", norm="batch", batch_stats=policy)
+        model = ModelConfig(name="mlp", width=0.25, norm="batch", batch_stats=policy)
         result = run(Experiment(rounds=30, eval_every=30, model=model))
         return result.summary["final_test_accuracy"]
 
@@ -153,8 +161,9 @@ def test_every_policy_learns_where_the_frozen_one_cannot(policy):
 
 
 def test_parallel_is_an_argument_not_a_result():
+    model = ModelConfig(name="mlp", width=0.25)
     results = [
-        run(Experiment(rounds=2, parallel=parallel, dtype="float64", model=ModelConfig(name="mlp")))
+        run(Experiment(rounds=2, parallel=parallel, dtype="float64", model=model))
         for parallel in ("loop", "vmap", 3, "auto")
     ]
     for other in results[1:]:

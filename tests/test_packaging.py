@@ -1,7 +1,6 @@
 """The wheel: jaxfed alone, and it runs outside the checkout."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_wheel_holds_jaxfed_alone_and_runs_elsewhere(tmp_path):
+def test_wheel_holds_jaxfed_alone_and_runs_elsewhere(tmp_path, users_environment):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -26,7 +25,7 @@ def test_wheel_holds_jaxfed_alone_and_runs_elsewhere(tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = users_environment | {"PYTHONPATH": str(site)}
     where = "import jaxfed; print(jaxfed.__file__)"
     train = ["-m", "jaxfed.train", "--rounds", "1", "--model.name", "logistic"]
     for arguments, expected in ((["-c", where], str(site)), (train, "round 1")):

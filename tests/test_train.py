@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -107,8 +106,8 @@ def test_points_that_differ_in_structure_get_their_own_program():
 def test_resume_gives_what_an_uninterrupted_run_gives(tmp_path):
     """SIGTERM in the middle: exit code 143, state saved, and the rest equal to the last digit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = ["--model.name", "mlp", "--rounds", "60", "--server.optimizer", "adam"]
-    flags += ["--server.lr", "0.01", "--eval_every", "2"]
+    flags = ["--model.name", "mlp", "--model.width", "0.25", "--rounds", "60", "--eval_every", "2"]
+    flags += ["--server.optimizer", "adam", "--server.lr", "0.01"]
     assert main([*flags, "--quiet", "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "jaxfed.train", *flags, "--out", str(cut)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -148,9 +147,9 @@ def test_a_run_that_diverges_fails_and_says_so(tmp_path, capsys):
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
-def test_output_for_a_pipe_is_plain_lines():
+def test_output_for_a_pipe_is_plain_lines(users_environment):
     command = [sys.executable, "-m", "jaxfed.train", *QUICK[:-1], "--rounds", "2"]
-    environment = {**os.environ, "COLUMNS": "100"}
+    environment = users_environment | {"COLUMNS": "100"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert "\x1b" not in done.stdout
     assert "round 2" in done.stdout

@@ -64,11 +64,7 @@ def mean_loss_and_grad(model: Model):
         log_probabilities = jax.nn.log_softmax(logits)
         return -jnp.mean(log_probabilities[jnp.arange(len(labels)), labels]), stats
 
-    # Run a few times only: the compiler's costly passes do not pay.
-    return jax.jit(
-        jax.value_and_grad(mean_loss, has_aux=True),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    return jax.jit(jax.value_and_grad(mean_loss, has_aux=True))
 
 
 def naive_client(model, optimizer, variables, data, table, prox_mu=0.0):

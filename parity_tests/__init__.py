@@ -1,0 +1,1 @@
+"""jaxfed against TensorFlow Federated, rung by rung."""

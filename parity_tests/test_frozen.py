@@ -1,0 +1,61 @@
+"""`batch_stats=frozen` is TFF's rule: MobileNet has the test accuracy that TFF prints for it."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxfed import Cohort, Examples, Experiment, State, Variables
+from jaxfed.evaluate import batches, evaluator
+from jaxfed.experiment import override
+from jaxfed.prepare import precision
+from jaxfed.program import knobs_of, make_algorithm
+from parity_tests.case import flat, make_case, unflat
+from parity_tests.reference import live
+from parity_tests.replay import compiled
+from tff_reference.process import Worker
+
+ROUNDS = 10
+MNIST = Path(os.environ.get("JAXFED_DATA_DIR", "")) / "mnist"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MNIST.is_dir(), reason="no mnist in JAXFED_DATA_DIR")
+def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
+    experiment = override(Experiment(), {
+        "rounds": ROUNDS, "dtype": "float64", "data.dataset": "mnist", "data.num_clients": 4,
+        "data.examples_per_client": 80, "model.name": "mobilenet-v1", "model.width": 0.25,
+        "model.batch_stats": "frozen", "client.lr": 0.01, "client.epochs": 1,
+        "client.batch_size": 20,
+    })  # fmt: skip
+    case = make_case(experiment, test_examples=2000)
+    with Worker(tff_python, tmp_path) as worker:
+        trace = live(case, worker, "MobileNet on MNIST", deadline=900)
+    with precision(experiment):
+        algorithm = make_algorithm(case.task, knobs_of(experiment))
+        step, model = compiled(algorithm.round), case.task.model
+        score = compiled(evaluator(model, "frozen", dtype=jnp.float64))
+        train, test = (Examples(jnp.asarray(x), jnp.asarray(y)) for x, y in (case.train, case.test))
+        index = jnp.asarray(batches(np.arange(2000), 500))
+        before = case.start
+        for number, plan in enumerate(case.plans, start=1):
+            state = algorithm.init(jax.tree.map(jnp.asarray, before))
+            state, _ = step(state, Cohort(train, plan))
+            theirs = {
+                name.removeprefix(f"round/{number}/params/"): array
+                for name, array in trace.items()
+                if name.startswith(f"round/{number}/params/")
+            }
+            for name, ours in flat(state.variables.params).items():
+                gap = np.abs(np.asarray(ours) - theirs[name]).max()
+                assert gap <= 1e-10 * np.abs(theirs[name]).max(), (number, name)
+            scores, _ = score(State(state.variables, (), None), test, index, train, index)
+            tff = float(trace[f"round/{number}/test/accuracy"])
+            assert abs(float(scores.accuracy) - tff) <= 0.005, number
+            before = Variables(unflat(theirs, before.params), before.stats)
+    learned = [float(trace[f"round/{r}/train/accuracy"]) for r in (1, ROUNDS)]
+    assert learned[1] > learned[0] + 0.2  # while the test accuracy has stayed at chance:
+    assert float(trace[f"round/{ROUNDS}/test/accuracy"]) < 0.2
