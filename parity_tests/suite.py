@@ -41,10 +41,11 @@ BATCHNORM = {
 }  # fmt: skip
 # The 2NN is cheap: every optimizer passes through it, on either side.
 SMALL = {**RAGGED, "rounds": 3, "model.name": "mlp", "model.width": 0.1}
-# Two steps a client at a small rate: more, and BatchNorm multiplies rounding without end.
+# Two steps a client, batches not too small, a small rate: otherwise BatchNorm multiplies rounding
+# without end, and ReLUs at zero turn it into jumps.
 MOBILENET = {
-    "rounds": 1, "data.num_clients": 2, "data.examples_per_client": 24, "client.batch_size": 12,
-    "client.epochs": 1, "client.lr": 1e-5, "model.width": 0.25,
+    "rounds": 1, "data.num_clients": 2, "data.examples_per_client": 48, "client.batch_size": 24,
+    "client.epochs": 1, "client.lr": 1e-6, "model.width": 0.25,
 }  # fmt: skip
 
 SUITE: dict[str, Entry] = {
@@ -107,10 +108,6 @@ SUITE: dict[str, Entry] = {
     "mobilenet-v1": Entry(
         "keras.applications' own, so narrow that it can be recorded",
         _of(MOBILENET, model__name="mobilenet-v1", model__width=0.04), recorded=True,
-    ),
-    "mobilenet-v1 float32": Entry(
-        "the users' precision",
-        _of(MOBILENET, model__name="mobilenet-v1", dtype="float32"),
     ),
     **{
         name: Entry(

@@ -110,8 +110,7 @@ def value_and_pullback(conv, case):
 def test_convolution_and_gradients_equal_lax(x64, case):
     x, k = normal(0, 2, *case.image), normal(1, *case.kernel)
     got, expected = (
-        jax.jit(value_and_pullback(f, case))(x, k)
-        for f in (patches_conv, lax.conv_general_dilated)
+        jax.jit(value_and_pullback(f, case))(x, k) for f in (patches_conv, lax.conv_general_dilated)
     )
     assert_close(got, expected)
 
