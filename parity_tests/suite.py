@@ -45,7 +45,7 @@ SMALL = {**RAGGED, "rounds": 3, "model.name": "mlp", "model.width": 0.1}
 # without end, and ReLUs at zero turn it into jumps.
 MOBILENET = {
     "rounds": 1, "data.num_clients": 2, "data.examples_per_client": 48, "client.batch_size": 24,
-    "client.epochs": 1, "client.lr": 1e-6, "model.width": 0.25,
+    "client.epochs": 1, "client.lr": 1e-4, "model.width": 0.25,
 }  # fmt: skip
 
 SUITE: dict[str, Entry] = {
