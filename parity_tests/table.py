@@ -81,7 +81,7 @@ def text(results: dict[str, Any]) -> str:
     if noisy:
         worst = max(values["error"] / values["noise"] for values in noisy)
         lines += [
-            f"{len(noisy)} comparisons of ill-conditioned numbers are left out too and held "
+            f"Ill-conditioned numbers (comparisons: {len(noisy)}) are left out too and held "
             "against their own noise, what changing every weight by one unit in the last place "
             f"does to jaxfed's result: at most {worst:.1f} times that (limit {NOISE_FACTOR:.0f}).",
         ]

@@ -25,11 +25,12 @@ MNIST = Path(os.environ.get("JAXFED_DATA_DIR", "")) / "mnist"
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason="no mnist in JAXFED_DATA_DIR")
 def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
+    # Two steps a round: each multiplies rounding by about a hundred at this rate, in float64 too.
     experiment = override(Experiment(), {
         "rounds": ROUNDS, "dtype": "float64", "data.dataset": "mnist", "data.num_clients": 4,
         "data.examples_per_client": 80, "model.name": "mobilenet-v1", "model.width": 0.25,
-        "model.batch_stats": "frozen", "client.lr": 0.01, "client.epochs": 1,
-        "client.batch_size": 20,
+        "model.batch_stats": "frozen", "client.lr": 0.03, "client.epochs": 1,
+        "client.batch_size": 40,
     })  # fmt: skip
     case = make_case(experiment, test_examples=2000)
     with Worker(tff_python, tmp_path) as worker:
@@ -57,5 +58,5 @@ def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
             assert abs(float(scores.accuracy) - tff) <= 0.005, number
             before = Variables(unflat(theirs, before.params), before.stats)
     learned = [float(trace[f"round/{r}/train/accuracy"]) for r in (1, ROUNDS)]
-    assert learned[1] > learned[0] + 0.2  # while the test accuracy has stayed at chance:
+    assert learned[1] > learned[0] + 0.05  # while the test accuracy has stayed at chance:
     assert float(trace[f"round/{ROUNDS}/test/accuracy"]) < 0.2

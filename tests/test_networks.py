@@ -71,10 +71,11 @@ def test_engine_equals_the_naive_loop_on_every_network(name, chunk, x64):
 
     expected = naive(plan)
     moved = gap(expected, start)
-    # How much rounding a network makes of a batch is its own affair: MobileNetV2 ends at one
-    # pixel, where BatchNorm divides by the spread of three numbers. So the naive loop says it
-    # itself, by what the order of the rows in a batch changes.
-    noise = gap(expected, naive(plan._replace(rows=plan.rows[..., ::-1])))
+    # How much a network makes of rounding is its own affair: MobileNetV2 ends at one pixel, where
+    # BatchNorm divides by the spread of three numbers. So the naive loop says it itself, by what
+    # the order of the rows in a batch changes; a fault of the mask moves the update itself.
+    orders = (plan._replace(rows=np.roll(plan.rows, shift, axis=-1)) for shift in (1, 2))
+    noise = max(gap(expected, naive(order)) for order in orders)
     assert gap(state.variables, expected) <= np.clip(20 * noise, 1e-12 * moved, 1e-8 * moved)
     assert_close(state.variables.stats, expected.stats, 1e-10)
 
