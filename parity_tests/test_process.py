@@ -124,10 +124,15 @@ def test_an_interrupt_ends_it(tmp_path, worker):
         pids_of(case)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what runs in its background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        worker.ask(case)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask(case)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert_gone(pids_of(case))
 
