@@ -25,7 +25,7 @@ MNIST = Path(os.environ.get("JAXFED_DATA_DIR", "")) / "mnist"
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason="no mnist in JAXFED_DATA_DIR")
 def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
-    # Two steps a round: four of half the size are 1e-8 apart, by rounding alone.
+    # Two steps a round: four of a third of the size end 1e-8 apart.
     experiment = override(Experiment(), {
         "rounds": ROUNDS, "dtype": "float64", "data.dataset": "mnist", "data.num_clients": 4,
         "data.examples_per_client": 80, "model.name": "mobilenet-v1", "model.width": 0.25,
