@@ -237,11 +237,16 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def write(case: Case, folder: Path, *, forward_only: bool = False) -> None:
-    """Writes what the reference is given; `forward_only` asks for the first batch alone."""
+def write(case: Case, folder: Path, *, forward_only: bool = False, nested: bool = False) -> None:
+    """Writes what the reference is given.
+
+    `forward_only` asks for the first batch alone; `nested` puts the Keras network into a
+    Sequential, where TFF's warning about BatchNorm does not look.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**described(case), "forward_only": forward_only}, indent=2)
-    (folder / "case.json").write_text(text + "\n")
+    content = {**described(case), "forward_only": forward_only}
+    content["network"]["nested"] = nested
+    (folder / "case.json").write_text(json.dumps(content, indent=2) + "\n")
     np.savez(folder / "inputs.npz", **inputs(case))  # pyright: ignore[reportArgumentType]
 
 

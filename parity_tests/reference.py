@@ -16,12 +16,13 @@ class StaleTraceError(RuntimeError):
 
 
 def live(
-    case: Case, worker: Worker, name: str, deadline: float = 600.0, *, forward_only: bool = False
-) -> dict[str, np.ndarray]:
-    """Has TFF compute the trace; `name` is what errors call the case."""
+    case: Case, worker: Worker, name: str, deadline: float = 600.0, *,
+    forward_only: bool = False, nested: bool = False,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Has TFF compute the trace; `name` is what errors call the case; the rest as in `write`."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "".join(c if c.isalnum() else "-" for c in name)
-        write(case, folder, forward_only=forward_only)
+        write(case, folder, forward_only=forward_only, nested=nested)
         worker.ask(folder, deadline)
         with np.load(folder / "trace.npz") as file:
             return dict(file)

@@ -48,7 +48,8 @@ def test_names_shapes_and_logits(name, norm, worker):
     case = make_case(
         experiment(**{"model.name": name, "model.norm": norm}, **width, **size), scramble=True
     )
-    trace = live(case, worker, f"{name} {norm}", forward_only=True)
+    nested = norm in ("batch", "layer")
+    trace = live(case, worker, f"{name} {norm}", forward_only=True, nested=nested)
     rungs = list(itertools.islice(climb(case, trace), 3))
     assert [rung.name for rung in rungs] == ["names", "logits, inference", "logits, training"]
     assert [rung for rung in rungs if not rung.holds or rung.chaotic] == []
