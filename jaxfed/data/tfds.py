@@ -242,7 +242,7 @@ def _unknown(name: str, known: Iterable[str]) -> DataError:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close and close[0] != name else ""
 
 
 def _first_line(error: Exception) -> str:
