@@ -7,6 +7,7 @@ reference as `case.json` and `inputs.npz`, `digest(case)` is the hash of exactly
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,25 +134,33 @@ def refuse(experiment: Experiment) -> None:
         )
 
 
-def _without_dropout(task: Task) -> tuple[Task, bool]:
+def remade(task: Task, change: Callable[[nnx.Module], None]) -> Task:
+    """The task with a network of which `change` has seen every module once it was built."""
     experiment = task.experiment
     build = builder(
         experiment.model.name, task.dataset.x_train.shape[1:], task.dataset.num_classes,
         width=experiment.model.width, norm=experiment.model.norm, dtype=compute_dtype(experiment),
     )  # fmt: skip
-    found = []
 
     def built(rngs: nnx.Rngs) -> nnx.Module:
         module = build(rngs)
         for _, child in nnx.iter_modules(module):
-            if isinstance(child, nnx.Dropout):
-                found.append(child.rate)
-                child.rate = 0.0
+            change(child)
         return module
 
     with precision(experiment):
-        model = from_nnx(built)
-    return task._replace(model=model), any(found)
+        return task._replace(model=from_nnx(built))
+
+
+def _without_dropout(task: Task) -> tuple[Task, bool]:
+    found = []
+
+    def change(module: nnx.Module) -> None:
+        if isinstance(module, nnx.Dropout):
+            found.append(module.rate)
+            module.rate = 0.0
+
+    return remade(task, change), any(found)
 
 
 def _places(rows: np.ndarray, used: np.ndarray) -> np.ndarray:
@@ -237,14 +246,18 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def write(case: Case, folder: Path, *, forward_only: bool = False, nested: bool = False) -> None:
+def write(
+    case: Case, folder: Path, *, forward_only: bool = False, nested: bool = False,
+    eval_every: int = 1,
+) -> None:  # fmt: skip
     """Writes what the reference is given.
 
     `forward_only` asks for the first batch alone; `nested` puts the Keras network into a
-    Sequential, where TFF's warning about BatchNorm does not look.
+    Sequential, where TFF's warning about BatchNorm does not look; `eval_every` is for
+    `tff_reference.training` alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**described(case), "forward_only": forward_only}
+    content = {**described(case), "forward_only": forward_only, "eval_every": eval_every}
     content["network"]["nested"] = nested
     (folder / "case.json").write_text(json.dumps(content, indent=2) + "\n")
     np.savez(folder / "inputs.npz", **inputs(case))  # pyright: ignore[reportArgumentType]

@@ -17,12 +17,12 @@ class StaleTraceError(RuntimeError):
 
 def live(
     case: Case, worker: Worker, name: str, deadline: float = 600.0, *,
-    forward_only: bool = False, nested: bool = False,
+    forward_only: bool = False, nested: bool = False, eval_every: int = 1,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Has TFF compute the trace; `name` is what errors call the case; the rest as in `write`."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "".join(c if c.isalnum() else "-" for c in name)
-        write(case, folder, forward_only=forward_only, nested=nested)
+        write(case, folder, forward_only=forward_only, nested=nested, eval_every=eval_every)
         worker.ask(folder, deadline)
         with np.load(folder / "trace.npz") as file:
             return dict(file)

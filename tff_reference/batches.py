@@ -16,6 +16,13 @@ def scaled(images: np.ndarray, dtype: str) -> np.ndarray:
     return images.astype(dtype)
 
 
+def in_order(count: int, batch: int) -> np.ndarray:
+    """The index table [steps, batch] of rows 0 to count - 1, one after another."""
+    rows = np.full(-(-count // batch) * batch, -1, np.int32)
+    rows[:count] = np.arange(count)
+    return rows.reshape(-1, batch)
+
+
 def real(table: np.ndarray) -> Iterator[np.ndarray]:
     """The batches of an index table `[steps, batch]`, without padding (-1)."""
     for rows in table:

@@ -17,6 +17,7 @@ processes, or, for central training, from Keras' `train_on_batch` and `evaluate`
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,11 @@ TEST_BATCH = 500
 
 def run(folder: Path) -> None:
     """Computes the trace of the case in `folder`."""
+    serve(folder, compute)
+
+
+def serve(folder: Path, compute: Callable[[dict, dict], dict]) -> None:
+    """Writes `compute(case, inputs)` for the case in `folder`, in its type of numbers."""
     case = json.loads((folder / "case.json").read_text())
     with np.load(folder / "inputs.npz") as file:
         inputs = dict(file)
@@ -36,7 +42,7 @@ def run(folder: Path) -> None:
     tf.keras.backend.set_floatx(case["dtype"])
     trace = compute(case, inputs)
     partial = folder / "trace.tmp.npz"
-    np.savez(partial, **trace)
+    np.savez(partial, **{name: np.asarray(value) for name, value in trace.items()})
     partial.replace(folder / "trace.npz")
 
 
@@ -51,12 +57,12 @@ def compute(case: dict, inputs: dict) -> dict:
     trace = _shapes(model, params, stats)
     trace.update(forward.run(model, params, stats, x[first], y[first]))
     if case["forward_only"]:
-        return {name: np.asarray(value) for name, value in trace.items()}
+        return trace
     if case["algorithm"] == "central":
         trace.update(_central(case, inputs, params, stats, x, y, rows))
     else:
         trace.update(_federated(case, inputs, model, params, stats, x, y, rows))
-    return {name: np.asarray(value) for name, value in trace.items()}
+    return trace
 
 
 def under(arrays: dict, prefix: str) -> dict:
@@ -93,7 +99,7 @@ def _federated(case, inputs, model, params, stats, x, y, rows) -> dict:
     test = batches.dataset(
         batches.scaled(inputs["test_images"], case["dtype"]),
         inputs["test_labels"],
-        _table(len(inputs["test_labels"])),
+        batches.in_order(len(inputs["test_labels"]), TEST_BATCH),
     )
 
     def client(table):
@@ -140,9 +146,3 @@ def _central(case, inputs, params, stats, x, y, rows) -> dict:
         scores = central.evaluate(case["network"], done.params, done.stats, *test, TEST_BATCH)
         trace.update(_prefixed(here + "test/", scores))
     return trace
-
-
-def _table(count: int) -> np.ndarray:
-    table = np.full(-(-count // TEST_BATCH) * TEST_BATCH, -1, np.int32)
-    table[:count] = np.arange(count)
-    return table.reshape(-1, TEST_BATCH)

@@ -1,0 +1,1 @@
+"""The study of where MobileNet's accuracy goes."""

@@ -1,0 +1,274 @@
+"""What is read of the study: `report.html`, `docs/gap.md` and the README's first screen.
+
+All are made from `gap.json` alone, so none can say what it does not.
+"""
+
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from parity_tests.gap import pictures
+from parity_tests.gap.arms import NETWORKS
+from parity_tests.gap.findings import FEDERATION, IN_TFF, RESIDUAL, RULE
+
+Row = Sequence[str]
+
+
+class Table(NamedTuple):
+    """A heading, what is to be said before the table, and the table."""
+
+    title: str
+    text: str
+    head: Row
+    rows: Sequence[Row]
+
+
+BEGIN, END = "<!-- gap: begin -->", "<!-- gap: end -->"
+
+
+def interval(found: dict[str, Any], *, sign: bool = False) -> str:
+    """For example `0.912 [0.881, 0.943]`."""
+    form = "{:+.3f} [{:+.3f}, {:+.3f}]" if sign else "{:.3f} [{:.3f}, {:.3f}]"
+    # No minus in front of a zero.
+    numbers = [round(found[key], 3) + 0.0 for key in ("mean", "low", "high")]
+    return form.format(*numbers)
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """Everything that the study found, as tables."""
+    found = content["findings"]
+    made = [_conclusions(found["conclusions"])]
+    made += [_chain(chain) for chain in found.get("chains", [])]
+    if "claims" in found:
+        made += [_claims(found["claims"]), _remedies(found["remedies"])]
+    return [*made, _rates(content)]
+
+
+def _conclusions(conclusions: list[dict[str, Any]]) -> Table:
+    rows = [
+        (each["about"], each["text"], interval(each["effect"], sign=True),
+         "yes" if each["holds"] else "**no**")
+        for each in conclusions
+    ]  # fmt: skip
+    text = (
+        "Test accuracy, IID clients. An effect counts if zero is outside its interval; what is "
+        "left between the two frameworks counts as nothing if zero is inside."
+    )
+    return Table("The verdict", text, ("network", "", "95 % interval", "holds"), rows)
+
+
+def _chain(chain: dict[str, Any]) -> Table:
+    first, *rest = chain["stops"]
+    rows = [(first["label"], interval(first["accuracy"]), "")]
+    rows += [
+        (stop["label"], interval(stop["accuracy"]), interval(link["effect"], sign=True))
+        for stop, link in zip(rest, chain["links"], strict=True)
+    ]
+    rows.append(("the whole gap", "", interval(chain["gap"], sign=True)))
+    way = "IID clients" if chain["clients"] == "IID" else "two-class shards"
+    return Table(
+        f"{chain['network']}, {way}",
+        "Every line changes one thing; same seed, same initial weights and images.",
+        ("", "test accuracy", "change"), rows,
+    )  # fmt: skip
+
+
+def _claims(claims: list[dict[str, Any]]) -> Table:
+    rows = [
+        (each["claim"], each["view"], f"{each['advised']['mean']:.3f}",
+         f"{each['other']['mean']:.3f}", interval(each["effect"], sign=True), each["verdict"])
+        for each in claims
+    ]  # fmt: skip
+    text = (
+        "Advice as found on the web against its opposite, each side with the client learning rate "
+        "that is best for it. Supported: the interval is above zero; opposite: below; otherwise "
+        "not supported."
+    )
+    head = ("advice", "measured on", "followed", "not followed", "effect", "verdict")
+    return Table("The usual advice", text, head, rows)
+
+
+def _remedies(remedies: dict[str, list[dict[str, Any]]]) -> Table:
+    ways = list(remedies)
+    by_name: dict[str, dict[str, dict]] = {}
+    for way, rows in remedies.items():
+        for row in rows:
+            by_name.setdefault(row["remedy"], {})[way] = row
+    rows = []
+    for name, by_way in by_name.items():
+        row = [name]
+        for way in ways:
+            there = by_way.get(way)
+            row.append(interval(there["accuracy"]) if there else "")
+            row.append(interval(there["gain"], sign=True) if there else "")
+        rows.append(tuple(row))
+    head = ["remedy"]
+    for way in ways:
+        head += [way, f"gain, {way}"]
+    text = (
+        "MobileNetV1 with another way to treat BatchNorm, and its gain over the accuracy that TFF "
+        "prints. `in TFF` was trained and tested there; the rest in jaxfed. With `local` every "
+        "client tests its own network on an equal share of all test images, of classes it may "
+        "never have seen."
+    )
+    return Table("What brings it back", text, tuple(head), rows)
+
+
+def _rates(content: dict[str, Any]) -> Table:
+    rates = content["findings"]["rates"]
+    rows = [(arm, f"{rate:g}") for arm, rate in rates.items()]
+    return Table(
+        "Chosen learning rates",
+        "Of client Adam. Every arm went along the same grid from the same start until the best "
+        "rate had worse neighbours, on images that are neither trained nor tested on.",
+        ("arm", "rate"), rows,
+    )  # fmt: skip
+
+
+def figures(content: dict[str, Any]) -> dict[str, str]:
+    """The pictures by name, as SVG."""
+    found = content["findings"]
+    if "chains" not in found:
+        return {}
+    named = {(chain["network"], chain["clients"]): chain for chain in found["chains"]}
+    pair = [named["MobileNet", way] for way in ("IID", "shards")]
+    return {
+        "gap-waterfall": pictures.svg(pictures.waterfall(pair)),
+        "gap-curves": pictures.svg(pictures.curves(list(found["curves"].items()))),
+    }
+
+
+def setting(content: dict[str, Any]) -> str:
+    """What was run, in a paragraph."""
+    s = content["setting"]
+    steps = s["examples"] // 20
+    grid = ", ".join(f"{rate:g}" for rate in s["rates"])
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    width = NETWORKS["MobileNet"]["model.width"]
+    minutes = f"{content['seconds_of_runs'] / 60:.0f} minutes"
+    return (
+        f"MobileNet is keras.applications' MobileNetV1 of width {width} on MNIST padded to 32x32. "
+        f"{s['clients']} clients of {s['examples']} images, all of them in every one of "
+        f"{s['rounds']} rounds; batches of 20, 1 local epoch ({steps} steps), client Adam with "
+        f"a rate from {grid}, server averaging by examples. Central training takes as "
+        f"many steps on the same images. Tested on {s['held_out']} images of the test set, drawn "
+        f"by seed; {len(s['seeds'])} seeds. Dropout (0.001) is off. Made by "
+        f"`{content['command']}`: {len(content['runs'])} runs, {minutes} of them, "
+        f"two at a time, on {content['device']}. {versions}."
+    )
+
+
+def headline(content: dict[str, Any]) -> str:
+    """The answer in three sentences, every number with its interval."""
+    found = content["findings"]
+    chains = {(c["network"], c["clients"]): c for c in found["chains"]}
+    effects = {each["text"]: each["effect"] for each in found["conclusions"][:6]}
+    iid = chains["MobileNet", "IID"]
+    mended = {
+        way: next(r["accuracy"] for r in rows if r["remedy"] == IN_TFF)
+        for way, rows in found["remedies"].items()
+    }
+    keras, tff = (iid["stops"][place]["accuracy"] for place in (0, -1))
+    return (
+        f"MobileNet reaches {interval(keras)} on MNIST in Keras and {interval(tff)} in TFF, with "
+        "IID clients, the same weights to begin with and the same images. TFF's rule for "
+        f"BatchNorm's statistics changes accuracy by {interval(effects[RULE], sign=True)}, "
+        f"federated averaging by {interval(effects[FEDERATION], sign=True)}, and what is left "
+        f"between jaxfed under TFF's rule and TFF is {interval(effects[RESIDUAL], sign=True)}. "
+        f"TFF's own weights, tested with honest statistics, reach {interval(mended['IID'])}; "
+        f"and on two-class shards {interval(mended['shards'])}."
+    )
+
+
+def summary(content: dict[str, Any]) -> str:
+    """The README's table: one network from plain Keras to TFF."""
+    chains = {(c["network"], c["clients"]): c for c in content["findings"]["chains"]}
+    remedy = {r["remedy"]: r for r in content["findings"]["remedies"]["IID"]}
+    lines = [headline(content), ""]
+    lines += ["| MobileNet on MNIST, IID clients | test accuracy | change |", "|---|---|---|"]
+    table = _chain(chains["MobileNet", "IID"])
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    mended = remedy[IN_TFF]
+    lines.append(
+        f"| TFF's weights with honest statistics | {interval(mended['accuracy'])} | "
+        f"{interval(mended['gain'], sign=True)} |"
+    )
+    seeds = len(content["setting"]["seeds"])
+    return "\n".join([*lines, "", f"Mean of {seeds} seeds and its 95 % interval."])
+
+
+def in_readme(text: str, content: dict[str, Any]) -> str:
+    """The README with the study's table in it."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{summary(content)}\n{END}{rest.partition(END)[2]}"
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """`docs/gap.md`; its pictures are beside it."""
+    parts = [
+        "# Where MobileNet's accuracy goes",
+        *([headline(content)] if "chains" in content["findings"] else []),
+        f"`{content['command']} --publish` writes this page from "
+        f"[`results/gap.json`](results/gap.json).",
+        setting(content),
+    ]
+    shown = figures(content)
+    for table in tables(content):
+        parts += [f"## {table.title}", table.text]
+        lines = ["| " + " | ".join(table.head) + " |", "|" + "---|" * len(table.head)]
+        parts.append("\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table.rows)]))
+        if table.title == "The verdict" and shown:
+            parts.append("![From plain Keras to TFF](gap-waterfall.svg)")
+            parts.append("![Test accuracy over rounds](gap-curves.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def report(content: dict[str, Any]) -> str:
+    """`report.html`: all of it on one page without outside requests."""
+    parts = [f"<p>{_inline(headline(content))}</p>"] if "chains" in content["findings"] else []
+    parts.append(f"<p>{_inline(setting(content))}</p>")
+    shown = figures(content)
+    for table in tables(content):
+        parts.append(f"<h2>{_inline(table.title)}</h2><p>{_inline(table.text)}</p>")
+        parts.append(_html_table(table))
+        if table.title == "The verdict":
+            parts += [f'<figure id="{name}">{picture}</figure>' for name, picture in shown.items()]
+    return _PAGE.replace("{body}", "\n".join(parts))
+
+
+def _html_table(table: Table) -> str:
+    def row(cells: Row, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in table.rows)
+    head = row(table.head, "th")
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _inline(text: str) -> str:
+    """Markdown's code and bold as HTML; everything else escaped."""
+    pieces = html.escape(text).split("`")
+    pieces[1::2] = [f"<code>{code}</code>" for code in pieces[1::2]]
+    bold = "".join(pieces).split("**")
+    bold[1::2] = [f"<strong>{words}</strong>" for words in bold[1::2]]
+    return "".join(bold)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Where MobileNet's accuracy goes</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+.wide { overflow-x: auto }
+figure { margin: 1rem 0 }
+svg { width: 100%; height: auto; border-radius: 6px; background: white }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #8884 }
+code { background: #8882; padding: 0 .2em; border-radius: 3px }
+</style></head><body>
+<h1>Where MobileNet's accuracy goes</h1>
+{body}
+</body></html>
+"""

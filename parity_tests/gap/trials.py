@@ -1,0 +1,274 @@
+"""One arm's runs: in jaxfed, and at the chosen learning rate in TFF or Keras.
+
+Both sides are given the same `Case`, so one seed has the same initial weights, images and batches
+everywhere. What is left to differ is what the arm names.
+
+BatchNorm's statistics do nothing to training, which normalises every batch by itself. So one
+trained network is tested under several rules at once:
+
+| rule | the statistics are |
+|---|---|
+| `kept` | the server's: averaged over clients, pooled or local; in central training its own |
+| `frozen` | those of the start, 0 and 1, which is TFF's rule |
+| `recalibrated` | exact moments of the training images |
+| `batch` | each test batch's own |
+
+A network without them has `kept` alone.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxfed import Cohort, Examples, Plan, State, Variables
+from jaxfed import batch_stats as bn
+from jaxfed.algorithm import RoundMetrics
+from jaxfed.evaluate import batches, evaluator, score
+from jaxfed.experiment import override, to_dict
+from jaxfed.model import Model, Tree
+from jaxfed.models.layers import BatchNorm
+from jaxfed.plan import stack_plans
+from jaxfed.program import EVAL_BATCH, Knobs, knobs_of, make_algorithm
+from parity_tests.case import Case, make_case, remade
+from parity_tests.gap.arms import Arm, Setting
+from parity_tests.reference import live
+from tff_reference.process import Worker
+
+Run = dict[str, Any]
+"""arm, system, seed, rate; rounds, test {rule: [...]}, validation {rule: ...}, train; seconds."""
+
+DEADLINE = 3600.0
+
+
+def case_of(arm: Arm, setting: Setting, seed: int) -> Case:
+    """What every system is given for one seed of an arm."""
+    case = make_case(override(arm.experiment, {"seed": seed}), rounds=arm.experiment.rounds)
+    rows = np.random.default_rng([seed, 1]).permutation(len(case.task.dataset.y_test))
+    case = case._replace(test=_examples(case, "test", rows[: setting.held_out]))
+    if arm.momentum is not None:
+        case = case._replace(task=remade(case.task, lambda m: _set_momentum(m, arm.momentum)))
+    if arm.order != "shuffled":
+        case = case._replace(plans=[_ordered(plan, case, arm.order) for plan in case.plans])
+    return case
+
+
+def validation_of(case: Case, setting: Setting, seed: int) -> Examples:
+    """Training images that no client holds, to choose the learning rate by."""
+    rest = np.setdiff1d(np.arange(len(case.task.dataset.y_train)), case.task.partition.order)
+    rows = np.random.default_rng([seed, 2]).permutation(rest)
+    return _examples(case, "train", rows[: setting.held_out])
+
+
+def _examples(case: Case, part: str, rows: np.ndarray) -> Examples:
+    data = case.task.dataset
+    images, labels = (data.x_test, data.y_test) if part == "test" else (data.x_train, data.y_train)
+    rows = np.sort(rows)  # the images may be mapped from a file
+    return Examples(np.asarray(images[rows]), labels[rows].astype(np.int32))
+
+
+def _set_momentum(module: nnx.Module, momentum: float | None) -> None:
+    if isinstance(module, BatchNorm) and momentum is not None:
+        module.momentum = momentum
+
+
+def _ordered(plan: Plan, case: Case, order: str) -> Plan:
+    """The plan with every client's images in one order, epoch after epoch."""
+    table = np.asarray(plan.rows)
+    flat = table.reshape(len(table), -1)
+    epochs = case.task.experiment.client.epochs or 1
+    if (flat < 0).any():
+        raise ValueError("got clients of unequal size, expected equal ones: there is padding")
+    labels = np.asarray(case.train.labels)
+
+    def one(rows: np.ndarray) -> np.ndarray:
+        rows = np.sort(rows)
+        return rows if order == "stored" else rows[np.argsort(labels[rows], kind="stable")]
+
+    ordered = [np.concatenate([one(e) for e in np.split(rows, epochs)]) for rows in flat]
+    return plan._replace(rows=np.stack(ordered).reshape(table.shape))
+
+
+class Functions(NamedTuple):
+    """The pure functions of an arm, compiled when first called."""
+
+    init: Callable[[Variables], State]
+    train: Callable[[Knobs, State, Examples, Plan], tuple[State, RoundMetrics]]
+    test: Callable[[State, Tree, Examples, Examples], dict[str, Array]]
+    """`(state, initial statistics, training images, held-out images) -> accuracy by rule`."""
+
+
+Programs = dict[str, Callable[..., Any]]
+"""Functions that were made before, by what they depend on but for the shapes of their inputs."""
+
+
+class Trial(NamedTuple):
+    """What one seed of an arm needs."""
+
+    seed: int
+    case: Case
+    validation: Examples
+
+
+def in_jaxfed(arm: Arm, setting: Setting, rate: float | None, programs: Programs) -> list[Run]:
+    """Every seed at one rate, or (None) at as many as it takes to find the best.
+
+    Arms that differ in data alone share a program of `programs`.
+    """
+    cases = [(seed, case_of(arm, setting, seed)) for seed in setting.seeds]
+    trials = [Trial(seed, case, validation_of(case, setting, seed)) for seed, case in cases]
+    functions = _functions(arm, trials[0].case, programs)
+
+    def at(rate: float) -> list[Run]:
+        return [_timed(arm, functions, trial, rate) for trial in trials]
+
+    if rate is not None:
+        return at(rate)
+    tried = {rate: at(rate) for rate in setting.start}
+    while missing := _neighbours(setting.rates, tried):
+        tried[missing[0]] = at(missing[0])
+    return [run for rate in sorted(tried) for run in tried[rate]]
+
+
+def honest(run: Run) -> str:
+    """The rule that an arm's learning rate is chosen by."""
+    return "recalibrated" if "recalibrated" in run["validation"] else "kept"
+
+
+def _neighbours(rates: tuple[float, ...], tried: dict[float, list[Run]]) -> list[float]:
+    """Rates beside the best one that are still to be tried."""
+
+    def score(rate: float) -> float:
+        return float(np.mean([run["validation"][honest(run)] for run in tried[rate]]))
+
+    place = rates.index(max(tried, key=score))
+    beside = rates[max(place - 1, 0) : place + 2]
+    return [rate for rate in beside if rate not in tried]
+
+
+def _timed(arm: Arm, functions: Functions, trial: Trial, rate: float) -> Run:
+    started = time.perf_counter()
+    found = _train(functions, trial.case, trial.validation, rate)
+    seconds = round(time.perf_counter() - started, 2)
+    names = {"arm": arm.name, "system": "jaxfed", "seed": trial.seed, "rate": rate}
+    return {**names, **found, "seconds": seconds}
+
+
+def _functions(arm: Arm, case: Case, programs: Programs) -> Functions:
+    task, policy = case.task, arm.policy
+    if policy != "mean" or task.experiment.model.batch_stats == "frozen":
+        experiment = override(task.experiment, {"model.batch_stats": policy})
+        task = task._replace(experiment=experiment)
+
+    def train(knobs: Knobs, state: State, examples: Examples, plans: Plan) -> Any:
+        algorithm = make_algorithm(task, knobs)
+        return jax.lax.scan(
+            lambda state, plan: algorithm.round(state, Cohort(examples, plan)), state, plans
+        )
+
+    def test(state: State, start: Tree, train: Examples, held_out: Examples) -> Any:
+        return _scores(task.model, policy, state, start, train, held_out)
+
+    parts = to_dict(task.experiment)
+    network = json.dumps([parts["model"], arm.momentum, task.parameters, parts["dtype"]])
+    names = ("algorithm", "weighting", "server")
+    way = json.dumps([*(parts[name] for name in names), parts["client"]["optimizer"]])
+    init = make_algorithm(task, knobs_of(task.experiment)).init
+    return Functions(
+        init,
+        programs.setdefault(f"train {network} {way} {task.partition.num_clients}", jax.jit(train)),
+        programs.setdefault(f"test {network}", jax.jit(test)),
+    )
+
+
+def _scores(
+    model: Model, policy: str, state: State, start: Tree, train: Examples, held_out: Examples
+) -> dict[str, Array]:
+    """Accuracy on `held_out` by rule."""
+    params, stats = state.variables
+    rows, train_rows = _all(held_out), _all(train)
+    if policy == "local":
+        return {"kept": evaluator(model, "local")(state, held_out, rows, train, train_rows)[0][1]}
+    if not jax.tree.leaves(stats):
+        return {"kept": score(model, state.variables, held_out, rows).accuracy}
+    by_rule = {"kept": stats}
+    if policy == "mean":
+        honest = bn.recalibrate(model, state.variables, train, train_rows, jnp.float32)
+        by_rule |= {"frozen": start, "recalibrated": honest}
+    found = jax.lax.map(
+        lambda stats: score(model, Variables(params, stats), held_out, rows).accuracy,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_rule.values()),
+    )
+    accuracy = {rule: found[place] for place, rule in enumerate(by_rule)}
+    if "recalibrated" in by_rule:
+        normalising = Model(
+            model.init, lambda v, images, mask, _, key: model.apply(v, images, mask, True, key)
+        )
+        accuracy["batch"] = score(normalising, state.variables, held_out, rows).accuracy
+    return accuracy
+
+
+def _all(examples: Examples) -> Array:
+    return jnp.asarray(batches(np.arange(len(examples.labels)), EVAL_BATCH))
+
+
+def _train(functions: Functions, case: Case, validation: Examples, rate: float) -> Run:
+    experiment = override(case.task.experiment, {"client.lr": rate})
+    knobs = jax.tree.map(jnp.float32, knobs_of(experiment))
+    start = jax.tree.map(jnp.asarray, case.start)
+    state, every = functions.init(start), experiment.eval_every
+    rounds = range(every, experiment.rounds + 1, every)
+    trained, tested, dropped = [], [], 0
+    for last in rounds:
+        plans = stack_plans(case.plans[last - every : last])
+        state, metrics = functions.train(knobs, state, case.train, plans)
+        trained += np.asarray(metrics.train_accuracy).tolist()
+        dropped += int(np.asarray(metrics.dropped).sum())
+        tested.append(functions.test(state, start.stats, case.train, case.test))
+    validated = functions.test(state, start.stats, case.train, validation)
+    return {
+        "rounds": list(rounds),
+        "test": {rule: [float(scores[rule]) for scores in tested] for rule in tested[0]},
+        "validation": {rule: float(value) for rule, value in validated.items()},
+        "train": trained,
+        "dropped": dropped,
+    }
+
+
+def in_reference(arm: Arm, setting: Setting, seed: int, rate: float, worker: Worker) -> Run:
+    """One seed in TFF, or in Keras for central training, at one rate."""
+    case = case_of(arm, setting, seed)
+    experiment = override(case.task.experiment, {"client.lr": rate})
+    case = case._replace(task=case.task._replace(experiment=experiment))
+    started = time.perf_counter()
+    trace = live(
+        case, worker, f"{arm.name}, seed {seed}", DEADLINE, eval_every=experiment.eval_every
+    )
+    seconds = time.perf_counter() - started
+    central = experiment.algorithm == "central"
+    rounds = range(experiment.eval_every, experiment.rounds + 1, experiment.eval_every)
+    # TFF tests with the initial statistics, Keras with its own.
+    rule = "kept" if central or not case.start.stats else "frozen"
+    test = {rule: [float(trace[f"round/{r}/test/accuracy"]) for r in rounds]}
+    for other in ("recalibrated", "batch"):
+        if f"{other}/accuracy" in trace:
+            test[other] = [float(trace[f"{other}/accuracy"])]
+    return {
+        "arm": arm.name,
+        "system": "Keras" if central else "TFF",
+        "seed": seed,
+        "rate": rate,
+        "rounds": list(rounds),
+        "test": test,
+        "train": [
+            float(trace[f"round/{r}/train/accuracy"]) for r in range(1, experiment.rounds + 1)
+        ],
+        "versions": json.loads(str(trace["versions"])),
+        "seconds": round(seconds, 2),
+    }
