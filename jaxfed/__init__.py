@@ -3,7 +3,7 @@
 The whole of it is `run(Experiment(...))`; every piece is usable alone.
 """
 
-from jaxfed.aggregate import sum_over_clients
+from jaxfed.aggregate import map_sum
 from jaxfed.algorithm import Cohort, FedAlgorithm, State, central, fedavg, fedsgd
 from jaxfed.client import Examples, local_training
 from jaxfed.data import DataError, Dataset, Partition, load, partition
@@ -28,6 +28,6 @@ __all__ = [
     "ClientConfig", "Cohort", "ConfigError", "DataConfig", "DataError", "Dataset", "Examples",
     "Experiment", "FedAlgorithm", "Model", "ModelConfig", "Partition", "Plan", "Result",
     "ServerConfig", "State", "Variables", "central", "fedavg", "fedsgd", "from_json",
-    "from_linen", "from_nnx", "load", "local_training", "make_plan", "make_schedule", "optimizer",
-    "partition", "prepare", "run", "score", "sum_over_clients", "to_json",
+    "from_linen", "from_nnx", "load", "local_training", "make_plan", "make_schedule", "map_sum",
+    "optimizer", "partition", "prepare", "run", "score", "to_json",
 ]  # fmt: skip

@@ -10,26 +10,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Shaped
 
 from jaxfed.model import Tree
 
 
-def sum_over_clients(
-    contribute: Callable[[Any], tuple[Tree, Tree]], seats: Any, chunk: int | None
+def map_sum(
+    contribute: Callable[[Any, Any], tuple[Tree, Tree]],
+    shared: Any,
+    seats: Any,
+    chunk: int | None,
+    mesh: Mesh | None = None,
 ) -> tuple[Tree, Tree]:
-    """Runs `contribute(seat) -> (summands, report)` for every seat of a cohort.
+    """Runs `contribute(shared, seat) -> (summands, report)` for every seat of a cohort.
+
+    Evaluation does the same with batches in place of clients.
 
     Args:
-      contribute: pure function of one seat. An empty seat has to contribute zeros.
+      contribute: pure function of one seat. An empty seat has to contribute zeros. It closes over
+        no arrays: what all seats need is passed as `shared`, so that every device has it.
+      shared: pytree of arrays.
       seats: pytree of arrays with a leading axis `[clients]`. In integer leaves -1 stands for
         an empty seat or a row of padding.
-      chunk: clients computed at once: None for all (vmap), 1 for one after another, n for
-        chunks of n; the cohort is filled up with empty seats to a multiple of n.
+      chunk: clients computed at once on a device: None for all (vmap), 1 for one after another,
+        n for chunks of n; the cohort is filled up with empty seats to a multiple of n.
+      mesh: devices that share the clients evenly, whatever the mesh's axes; None is one device.
+        Each adds up its own clients, and one all-reduce of the sums ends the round.
 
     Returns:
       The summands added over all clients, and the reports stacked on a leading axis.
     """
+    if mesh is None or mesh.size == 1:
+        return _sum(lambda seat: contribute(shared, seat), seats, chunk)
+    count = jax.tree.leaves(seats)[0].shape[0]
+    missing = -count % mesh.size
+    seats = jax.tree.map(lambda leaf: _filled(leaf, missing), seats)
+    axes = mesh.axis_names
+
+    def of_device(shared: Any, seats: Any) -> tuple[Tree, Tree]:
+        total, reports = _sum(lambda seat: contribute(shared, seat), seats, chunk)
+        return jax.lax.psum(total, axes), reports
+
+    total, reports = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=(P(), P(axes)), check_vma=False
+    )(shared, seats)
+    return total, jax.tree.map(lambda leaf: leaf[:count], reports)
+
+
+def _sum(
+    contribute: Callable[[Any], tuple[Tree, Tree]], seats: Any, chunk: int | None
+) -> tuple[Tree, Tree]:
     count = jax.tree.leaves(seats)[0].shape[0]
 
     def of_chunk(seats: Any) -> tuple[Tree, Tree]:
@@ -61,8 +93,11 @@ def sum_over_clients(
 def _grouped(
     leaf: Shaped[Array, "clients ..."], missing: int, chunk: int
 ) -> Shaped[Array, "chunks chunk ..."]:
-    fill = jnp.full((missing, *leaf.shape[1:]), -1, leaf.dtype)
-    return jnp.concatenate([leaf, fill]).reshape(-1, chunk, *leaf.shape[1:])
+    return _filled(leaf, missing).reshape(-1, chunk, *leaf.shape[1:])
+
+
+def _filled(leaf: Shaped[Array, "clients ..."], missing: int) -> Shaped[Array, "seats ..."]:
+    return jnp.concatenate([leaf, jnp.full((missing, *leaf.shape[1:]), -1, leaf.dtype)])
 
 
 def all_finite(tree: Tree) -> Bool[Array, ""]:

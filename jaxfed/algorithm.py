@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfed import batch_stats as bn
-from jaxfed.aggregate import all_finite, norm, sum_over_clients
+from jaxfed.aggregate import all_finite, map_sum, norm
 from jaxfed.client import (
     ClientUpdate,
     ClientUpdateFn,
@@ -117,6 +118,7 @@ def fedavg(
     prox_mu: float | Array | None = None,
     num_clients: int | None = None,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
     loss: LossFn = cross_entropy,
     dtype: DTypeLike = jnp.float32,
 ) -> FedAlgorithm:
@@ -138,6 +140,7 @@ def fedavg(
       prox_mu: FedProx's mu; None for no proximal term.
       num_clients: size of the population; only `batch_stats="local"` needs it.
       chunk: clients computed at once; None for all, 1 for one after another.
+      mesh: devices that share the cohort's clients; None is one device.
       loss: `(logits, labels) -> losses [batch]`.
       dtype: of the images that the network is given.
 
@@ -154,7 +157,7 @@ def fedavg(
     server = optax.sgd(1.0) if server_optimizer is None else server_optimizer
     return averaging(
         client, server, weighting=weighting, batch_stats=batch_stats, num_clients=num_clients,
-        chunk=chunk,
+        chunk=chunk, mesh=mesh,
     )  # fmt: skip
 
 
@@ -165,6 +168,7 @@ def fedsgd(
     weighting: Weighting = "examples",
     batch_stats: BatchStats = "recalibrate",
     chunk: int | None = None,
+    mesh: Mesh | None = None,
     loss: LossFn = cross_entropy,
     dtype: DTypeLike = jnp.float32,
 ) -> FedAlgorithm:
@@ -181,8 +185,9 @@ def fedsgd(
         raise ValueError('fedsgd: got batch_stats="local", but clients take no step of their own')
     client = full_gradient(model, loss=loss, dtype=dtype)
     return averaging(
-        client, server_optimizer, weighting=weighting, batch_stats=batch_stats, chunk=chunk
-    )
+        client, server_optimizer, weighting=weighting, batch_stats=batch_stats, chunk=chunk,
+        mesh=mesh,
+    )  # fmt: skip
 
 
 def averaging(
@@ -193,6 +198,7 @@ def averaging(
     batch_stats: BatchStats = "recalibrate",
     num_clients: int | None = None,
     chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> FedAlgorithm:
     """The server's half, for any client: weighted mean of what clients send, one optimizer step.
 
@@ -215,13 +221,14 @@ def averaging(
             own = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population, *leaf.shape)), part)
         return State(variables, server.init(variables.params), own)
 
-    def contribute(seat: _Seat, state: State, cohort: Cohort, key: Array) -> tuple:
+    def contribute(shared: tuple[State, Examples, Array], seat: _Seat) -> tuple:
+        state, examples, key = shared
         start, mine = state.variables, None
         if keeps_own:
             mine = jax.tree.map(lambda leaf: leaf[seat.client], state.own)
             start = Variables(bn.replace(start.params, mine.params), mine.stats)
         result = client(
-            start, cohort.examples, seat.rows, jax.random.fold_in(key, seat.client)
+            start, examples, seat.rows, jax.random.fold_in(key, seat.client)
         )  # fmt: skip
         sent = result.stats if batch_stats in bn.KEPT_ON_SERVER else {}
         finite = all_finite((result.delta, sent))
@@ -256,10 +263,12 @@ def averaging(
     def round_(state: State, cohort: Cohort) -> tuple[State, RoundMetrics]:
         plan = cohort.plan
         key = jax.random.fold_in(jax.random.key(plan.seed), plan.round)
-        total, (reports, own) = sum_over_clients(
-            lambda seat: contribute(seat, state, cohort, key),
+        total, (reports, own) = map_sum(
+            contribute,
+            (state, cohort.examples, key),
             _Seat(jnp.asarray(plan.clients), jnp.asarray(plan.rows)),
             chunk,
+            mesh,
         )
         # TFF: divides as it is; if nobody is left, its server rejects the NaN, to the same effect.
         some = total.weight > 0

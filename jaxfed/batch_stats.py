@@ -17,9 +17,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from jaxfed.aggregate import map_sum
 from jaxfed.client import Examples, take_batch
 from jaxfed.model import Model, Tree, Variables
 
@@ -58,7 +60,7 @@ def has_moments(stats: Tree) -> bool:
 
 def recalibrate(
     model: Model, variables: Variables, examples: Examples, index: Int[Array, "steps batch"],
-    dtype: DTypeLike,
+    dtype: DTypeLike, mesh: Mesh | None = None,
 ) -> Tree:  # fmt: skip
     """Exact BatchNorm statistics of the examples in `index` under the present weights.
 
@@ -68,28 +70,29 @@ def recalibrate(
     """
     zeros = jax.tree.map(jnp.zeros_like, variables.stats)
     ones = jax.tree.map(jnp.ones_like, variables.stats)
-    key = jax.random.key(0)
+    count = (index >= 0).sum()
 
-    def updated(stats: Tree, rows: Array) -> tuple[Tree, Array]:
+    def updated(params: Tree, stats: Tree, examples: Examples, rows: Array) -> tuple[Tree, Array]:
         images, _, mask = take_batch(examples, rows, dtype)
-        _, new = model.apply(Variables(variables.params, stats), images, mask, True, key)
+        _, new = model.apply(Variables(params, stats), images, mask, True, jax.random.key(0))
         return new, mask
 
     # A layer updates s <- m s + (1 - m) batch, and what it returns in training does not depend
     # on s. So s = 0 gives (1 - m) batch, and the difference to s = 1 gives m: exact moments of
     # a batch, from any module, without knowing its momentum.
-    from_zeros, _ = updated(zeros, index[0])
-    from_ones, _ = updated(ones, index[0])
+    from_zeros, _ = updated(variables.params, zeros, examples, index[0])
+    from_ones, _ = updated(variables.params, ones, examples, index[0])
     fresh = jax.tree.map(lambda one, zero: 1 - (one - zero), from_ones, from_zeros)
 
-    def step(total: Tree, rows: Array) -> tuple[Tree, None]:
-        scaled, mask = updated(zeros, rows)
+    def of_batch(shared: tuple, rows: Array) -> tuple[Tree, None]:
+        params, zeros, fresh, examples, count = shared
+        scaled, mask = updated(params, zeros, examples, rows)
         moments = to_moments(jax.tree.map(jnp.divide, scaled, fresh))
-        share = mask.sum() / (index >= 0).sum()
-        return jax.tree.map(lambda t, m: t + share * m, total, moments), None
+        share = mask.sum() / count
+        return jax.tree.map(lambda m: jnp.where(share > 0, share * m, 0), moments), None
 
-    moments, _ = jax.lax.scan(step, zeros, index)
-    return from_moments(moments)
+    shared = (variables.params, zeros, fresh, examples, count)
+    return from_moments(map_sum(of_batch, shared, index, 1, mesh)[0])
 
 
 def own_params(variables: Variables) -> frozenset[str]:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxfed import batch_stats as bn
+from jaxfed.aggregate import map_sum
 from jaxfed.algorithm import State
 from jaxfed.client import BatchReport, Examples, LossFn, cross_entropy, report_batch, take_batch
 from jaxfed.experiment import BatchStats
@@ -37,10 +39,13 @@ def batches(rows: Int[np.ndarray, " examples"], batch_size: int) -> Int[np.ndarr
 
 def score(
     model: Model, variables: Variables, examples: Examples, index: Int[Array, "steps batch"],
-    *, loss: LossFn = cross_entropy, dtype: DTypeLike = jnp.float32,
+    *, loss: LossFn = cross_entropy, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None,
 ) -> Scores:  # fmt: skip
-    """Loss and accuracy of one network, in inference mode, on the examples in `index`."""
-    return _means(_score_sums(model, variables, examples, index, loss, dtype))
+    """Loss and accuracy of one network, in inference mode, on the examples in `index`.
+
+    The devices of `mesh` share the batches.
+    """
+    return _means(_score_sums(model, variables, examples, index, loss, dtype, mesh))
 
 
 def _score_sums(
@@ -50,14 +55,15 @@ def _score_sums(
     index: Array,
     loss: LossFn,
     dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> BatchReport:
-    def step(_: None, rows: Array) -> tuple[None, BatchReport]:
+    def of_batch(shared: tuple[Variables, Examples], rows: Array) -> tuple[BatchReport, None]:
+        variables, examples = shared
         images, labels, mask = take_batch(examples, rows, dtype)
         logits, _ = model.apply(variables, images, mask, False, jax.random.key(0))
-        return None, report_batch(loss, logits, labels, mask)
+        return report_batch(loss, logits, labels, mask), None
 
-    _, reports = jax.lax.scan(step, None, index)
-    return jax.tree.map(lambda leaf: leaf.sum(axis=0), reports)
+    return map_sum(of_batch, (variables, examples), index, 1, mesh)[0]
 
 
 def _means(total: BatchReport) -> Scores:
@@ -70,6 +76,7 @@ def evaluator(
     *,
     loss: LossFn = cross_entropy,
     dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Callable[[State, Examples, Array, Examples, Array], tuple[Scores, Variables]]:
     """Makes `(state, test, test index, train, recalibration index) -> (scores, variables)`.
 
@@ -86,9 +93,10 @@ def evaluator(
         if batch_stats == "local":
             return _score_own(state, test, test_index), variables
         if batch_stats == "recalibrate" and jax.tree.leaves(variables.stats):
-            stats = bn.recalibrate(model, variables, train, train_index, dtype)
+            stats = bn.recalibrate(model, variables, train, train_index, dtype, mesh)
             variables = Variables(variables.params, stats)
-        return score(model, variables, test, test_index, loss=loss, dtype=dtype), variables
+        scores = score(model, variables, test, test_index, loss=loss, dtype=dtype, mesh=mesh)
+        return scores, variables
 
     def _score_own(state: State, test: Examples, test_index: Array) -> Scores:
         clients = state.own.seen.shape[0]

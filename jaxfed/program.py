@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central, fedavg, fedsgd
@@ -58,6 +60,8 @@ class Program(NamedTuple):
     train_index: Array
     state: State
     """The initial state; a leading axis `[points]` on every leaf."""
+    mesh: Mesh | None
+    """The devices that share the clients; all inputs are on each of them."""
     compile_seconds: float
 
 
@@ -84,7 +88,20 @@ def chunk_of(experiment: Experiment) -> int | None:
     return int(experiment.parallel)
 
 
-def make_algorithm(task: Task, knobs: Knobs) -> FedAlgorithm:
+def all_devices() -> Mesh | None:
+    """All devices of all processes, to share clients and batches; None if there is only one."""
+    devices = jax.devices()
+    return None if len(devices) == 1 else Mesh(np.asarray(devices), ("clients",))
+
+
+def replicated(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts the same arrays on every device."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def make_algorithm(task: Task, knobs: Knobs, mesh: Mesh | None = None) -> FedAlgorithm:
     """The algorithm an experiment names, with its numbers taken from `knobs` (may be traced)."""
     experiment = task.experiment
     client_tx = optimizer(experiment.client.optimizer, knobs.client_lr, knobs.client_momentum)
@@ -97,12 +114,12 @@ def make_algorithm(task: Task, knobs: Knobs) -> FedAlgorithm:
     if experiment.algorithm == "fedsgd":
         return fedsgd(
             task.model, server_tx, weighting=weighting, batch_stats=policy, chunk=chunk,
-            dtype=dtype,
+            mesh=mesh, dtype=dtype,
         )  # fmt: skip
     return fedavg(
         task.model, client_tx, server_tx, weighting=weighting, batch_stats=policy,
         prox_mu=knobs.prox_mu if experiment.algorithm == "fedprox" else None,
-        num_clients=population, chunk=chunk, dtype=dtype,
+        num_clients=population, chunk=chunk, mesh=mesh, dtype=dtype,
     )  # fmt: skip
 
 
@@ -143,22 +160,29 @@ def _compile(tasks: Sequence[Task], checkpoint_every: int | None) -> Program:
         knobs_of(task.experiment) for task in tasks
     ))  # fmt: skip
     dataset = first.dataset
-    train_set = Examples(jnp.asarray(dataset.x_train), jnp.asarray(dataset.y_train))
-    test_set = Examples(jnp.asarray(dataset.x_test), jnp.asarray(dataset.y_test))
-    test_index = jnp.asarray(batches(np.arange(len(dataset.y_test)), EVAL_BATCH))
-    train_index = jnp.asarray(_stacked([_recalibration_rows(task) for task in tasks]))
+    mesh = all_devices()
+    train_set, test_set, test_index, train_index, knobs = replicated(
+        (
+            Examples(dataset.x_train, dataset.y_train),
+            Examples(dataset.x_test, dataset.y_test),
+            batches(np.arange(len(dataset.y_test)), EVAL_BATCH),
+            _stacked([_recalibration_rows(task) for task in tasks]),
+            knobs,
+        ),
+        mesh,
+    )
     init = jax.jit(lambda key: make_algorithm(first, knobs_of(first.experiment)).init(
         first.model.init(key)
     ))  # fmt: skip
     states = [init(jax.random.key(task.experiment.seed)) for task in tasks]
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    state = replicated(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), mesh)
     policy = first.experiment.model.batch_stats or "frozen"
-    evaluate = evaluator(first.model, policy, dtype=compute_dtype(first.experiment))
+    evaluate = evaluator(first.model, policy, dtype=compute_dtype(first.experiment), mesh=mesh)
 
     def train_points(knobs: Knobs, state: State, train_set: Examples, plans: Plan) -> Any:
         def one(point: tuple) -> tuple[State, RoundMetrics]:
             knobs, state, plans = point
-            algorithm = make_algorithm(first, knobs)
+            algorithm = make_algorithm(first, knobs, mesh)
             return jax.lax.scan(
                 lambda state, plan: algorithm.round(state, Cohort(train_set, plan)), state, plans
             )
@@ -174,16 +198,17 @@ def _compile(tasks: Sequence[Task], checkpoint_every: int | None) -> Program:
 
         return jax.lax.map(one, (state, train_index))
 
-    plans = _plans(tasks, 1, length)
-    train_program = jax.jit(train_points, donate_argnums=1)
-    evaluate_program = jax.jit(evaluate_points)
+    plans = replicated(_plans(tasks, 1, length), mesh)
+    everywhere = None if mesh is None else NamedSharding(mesh, P())
+    train_program = jax.jit(train_points, donate_argnums=1, out_shardings=everywhere)
+    evaluate_program = jax.jit(evaluate_points, out_shardings=everywhere)
     train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
     evaluate_compiled = evaluate_program.lower(
         state, test_set, test_index, train_set, train_index
     ).compile()
     return Program(
         tasks, length, train_compiled, evaluate_compiled, knobs, train_set, test_set, test_index,
-        train_index, state, time.perf_counter() - started,
+        train_index, state, mesh, time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -220,7 +245,7 @@ def segments(
     for start in range(first_round, experiment.rounds + 1, program.length):
         with precision(experiment):
             before = time.perf_counter()
-            plans = _plans(program.tasks, start, program.length)
+            plans = replicated(_plans(program.tasks, start, program.length), program.mesh)
             state, metrics = program.train(program.knobs, state, program.train_set, plans)
             metrics = jax.device_get(metrics)
             trained = time.perf_counter()

@@ -23,7 +23,7 @@ from rich.console import Console
 from jaxfed import folder, report, screen
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
-from jaxfed.prepare import Task, prepare
+from jaxfed.prepare import Task, precision, prepare
 from jaxfed.program import Program, compile_tasks, segments
 from jaxfed.run import name_of, summarize
 from jaxfed.sweep import Point, folder_name, points, programs
@@ -129,7 +129,8 @@ def run_program(
     started, spent = time.perf_counter(), {"train_seconds": 0.0, "evaluate_seconds": 0.0}
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(folder.checkpoints(home)) if home else None
-        found = folder.restore(manager, program.state) if manager and resume else None
+        with precision(tasks[0].experiment):  # or float64 comes back as float32
+            found = folder.restore(manager, program.state) if manager and resume else None
         last_round, state = found or (0, program.state)
         for point, path in enumerate(folders):
             if path:
@@ -285,11 +286,6 @@ def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None
         )
         tasks.append(prepare(point.experiment, dataset=shared, progress=progress))
     return tasks
-
-
-def _images_of(experiment: Experiment) -> tuple[Any, ...]:
-    config = experiment.data
-    return config.dataset, config.image_size, experiment.model.name
 
 
 def _folders(command: Command, todo: Sequence[Point], tasks: Sequence[Task]) -> list[Path | None]:
