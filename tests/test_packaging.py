@@ -56,8 +56,8 @@ def test_everything_imported_is_declared():
 def test_imports_point_one_way():
     """A file never imports one to its right, and the data layer never imports JAX."""
     order = [
-        "experiment", "model", "models", "data", "optimizers", "plan", "client", "batch_stats",
-        "aggregate", "algorithm", "evaluate", "prepare", "program", "run", "sweep", "folder",
+        "experiment", "model", "models", "data", "optimizers", "plan", "client", "aggregate",
+        "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep", "folder",
         "report", "screen", "train",
     ]  # fmt: skip
     for path in (ROOT / "jaxfed").rglob("*.py"):
