@@ -32,12 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True)
     try:
-        case = prepared(from_json(options.experiment), options.rounds, options.dtype)
+        experiment = from_json(options.experiment)
+        case = prepared(experiment, options.rounds, options.dtype)
         python = environment.ensure()
     except (ConfigError, DataError, NotComparable, environment.NoPython) as error:
         errors.print(str(error), style="red", markup=False, highlight=False)
         return 2
-    for line in headline(case):
+    for line in headline(case, experiment.dtype):
         console.print(line, markup=False, highlight=False)
     with tempfile.TemporaryDirectory() as logs, Worker(python, Path(logs)) as worker:
         try:
@@ -94,8 +95,8 @@ def prepared(experiment: Experiment, rounds: int | None, dtype: str | None) -> C
     return make_case(experiment, rounds=rounds or min(experiment.rounds, ROUNDS))
 
 
-def headline(case: Case) -> list[str]:
-    """What is compared, in words."""
+def headline(case: Case, dtype: str) -> list[str]:
+    """What is compared, in words; `dtype` is the file's own."""
     task, rows = case.task, case.plans[0].rows
     experiment = task.experiment
     lines = [
@@ -104,6 +105,11 @@ def headline(case: Case) -> list[str]:
         f"{len(case.plans)} rounds of {len(rows)} clients, up to {rows.shape[1]} steps of "
         f"{rows.shape[2]} images; {len(case.test.labels)} test images",
     ]
+    if experiment.dtype != dtype:
+        lines.append(
+            f"in {experiment.dtype}, which tells rounding from a difference; the experiment's own "
+            f"is {dtype} (--dtype {dtype})"
+        )
     if case.dropout:
         lines.append("dropout is off on both sides: its random numbers cannot be matched")
     if experiment.model.batch_stats == "frozen":

@@ -52,7 +52,7 @@ def run(folder: Path) -> None:
     before = evaluation.set_model_weights(evaluation.initialize(), process.get_model_weights(state))
     printed = evaluation.next(before, [test_data.batch(200)]).metrics["client_work"]["eval"]
     names = {
-        "recalibrated": recalibrate.recalibrated, "process": process, "state": state, "loss": loss,
+        "process": process, "state": state, "loss": loss,
         "create_keras_model": create_keras_model, "train_data": train_data, "test_data": test_data,
     }  # fmt: skip
     exec(example(), names)

@@ -4,6 +4,8 @@ TFF averages trainable weights only, so the moving mean and variance of every Ba
 layer are still the initial 0 and 1 when `build_fed_eval` or `model.evaluate` uses them. The weights
 are good; only the statistics are missing, and one pass over images gives them back:
 
+    from tff_reference.recalibrate import recalibrated
+
     weights = process.get_model_weights(state)
     model = recalibrated(create_keras_model(), weights, train_data.batch(200))
     model.compile(loss=loss, metrics=["accuracy"])

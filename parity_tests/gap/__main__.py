@@ -10,6 +10,7 @@ committed: `docs/results/gap.json`, `docs/gap.md` with its pictures, and the REA
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import sys
 import time
@@ -24,7 +25,8 @@ from jaxfed.folder import write_atomically, write_json
 from jaxfed.run import device_name
 from parity_tests.gap import pages
 from parity_tests.gap.arms import FULL, QUICK, Arm, Setting, arms
-from parity_tests.gap.findings import Runs, findings
+from parity_tests.gap.effects import Runs
+from parity_tests.gap.findings import findings
 from parity_tests.gap.trials import Programs, Run, in_jaxfed, in_reference
 from tff_reference import environment
 from tff_reference.process import ROOT, Worker
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     for each in content["findings"]["conclusions"]:
         found = each["effect"]
-        mark = "holds" if each["holds"] else "DOES NOT HOLD"
+        mark = {None: "", True: "holds", False: "DOES NOT HOLD"}[each["holds"]]
         print(f"{each['about']}: {each['text']} {found['mean']:+.3f} "
               f"[{found['low']:+.3f}, {found['high']:+.3f}]  {mark}")  # fmt: skip
     print(f"written: {options.out / 'gap.json'}, {options.out / 'report.html'}")
@@ -77,10 +79,10 @@ def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, A
         rate = Runs(runs, rate_of).rate(arm.rate_of) if arm.rate_of else None
         return kept(what, arm, "jaxfed", lambda: in_jaxfed(arm, setting, rate, programs))
 
-    def reference(what: str, arm: Arm, seed: int, rate: float) -> list[Run]:
+    def reference(what: str, arm: Arm, seed: int, repeat: int, rate: float) -> list[Run]:
         return kept(
-            f"{what}, seed {seed}", arm, f"reference-{seed}-{rate:g}",
-            lambda: [in_reference(arm, setting, seed, rate, worker)],
+            f"{what}, seed {seed}.{repeat}", arm, f"reference-{seed}.{repeat}-{rate:g}",
+            lambda: [in_reference(arm, setting, seed, repeat, rate, worker)],
         )  # fmt: skip
 
     # TFF has a lane of its own beside jaxfed's: neither keeps two cores busy by itself.
@@ -94,8 +96,11 @@ def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, A
                 runs += trained(what, arm)
                 if arm.reference:
                     rate = Runs(runs, rate_of).rate(arm.name)
-                    seeds = setting.seeds
-                    waiting += [lane.submit(reference, what, arm, s, rate) for s in seeds]
+                    repeats = range(setting.repeats if arm.repeated else 1)
+                    waiting += [
+                        lane.submit(reference, what, arm, seed, repeat, rate)
+                        for repeat, seed in itertools.product(repeats, setting.seeds)
+                    ]
             for each in waiting:
                 runs += each.result()
         except BaseException:

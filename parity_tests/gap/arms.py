@@ -29,11 +29,18 @@ class Setting(NamedTuple):
     """Images a client."""
     held_out: int
     """Images to test on, and as many to choose the learning rate by."""
+    tuning: int
+    """Seeds that the learning rate is chosen by."""
+    repeats: int
+    """Runs of one seed in an arm that is repeated."""
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FULL = Setting((0, 1, 2), GRID, (1e-3, 3e-3), 25, 5, 5, 400, 2000)
-QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 16, 16, 2, 200, 1000)
+FULL = Setting((0, 1, 2), GRID, (3e-3, 1e-2), 25, 5, 4, 400, 2000, 2, 3)
+QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 16, 16, 2, 200, 1000, 1, 1)
+NUDGE = 1e-6
+"""Every repeat starts from weights that are larger by another such part: by about their rounding.
+Training multiplies it until two runs are as far apart as two roundings of the same run can be."""
 
 
 class Arm(NamedTuple):
@@ -48,6 +55,10 @@ class Arm(NamedTuple):
     """BatchNorm's, if not the network's own."""
     reference: bool = False
     """Also run by TFF (by Keras, if central), at the learning rate chosen here."""
+    about_rates: bool = False
+    """Every seed at every rate that was tried, not at the chosen one alone."""
+    repeated: bool = False
+    """Also run, at the learning rate chosen, from starts that differ by rounding alone."""
     rate_of: str | None = None
     """The arm whose learning rate it takes: one that trains exactly alike."""
 
@@ -86,46 +97,53 @@ def arms(setting: Setting, *, quick: bool) -> list[Arm]:
             arm("MobileNet", "central", central),
             arm("MobileNet", "IID", reference=True),
         ]
-    epochs = {"client.epochs": EPOCHS, "rounds": setting.rounds // EPOCHS, "eval_every": 1}
+    curve = {"eval_every": setting.eval_every}  # the others are tested at the end alone
+    rounds = setting.rounds // EPOCHS
+    epochs = {"client.epochs": EPOCHS, "rounds": rounds, "eval_every": rounds}
     adam = {"server.optimizer": "adam", "server.lr": 1.0}
-    found = []
-    for network in CHAINS:
+    fashion = {"data.dataset": "fashion_mnist"}
+    found = [
+        arm("MobileNet", "central", central, reference=True),
+        arm("MobileNet", "IID", curve, reference=True, about_rates=True, repeated=True),
+        arm("MobileNet", "shards", {**shards, **curve}, reference=True),
+    ]
+    for network in CHAINS[1:]:
         found += [
             arm(network, "central", central, reference=True),
-            arm(network, "IID", reference=True),
+            arm(network, "IID", reference=True, about_rates=network == "CNN"),
             arm(network, "shards", shards, reference=True),
         ]
+    found += [
+        arm("MobileNet", "Fashion-MNIST, IID", fashion, reference=True),
+        arm("MobileNet", "Fashion-MNIST, central", {**fashion, **central}),
+        arm("MobileNetV2", "IID", reference=True),
+        arm("MobileNetV2", "central", central),
+    ]
     for network in ("MobileNet", "CNN"):
         found += [
             arm(network, "IID, sorted by label", order="sorted"),
             arm(network, "IID, not shuffled", order="stored"),
             arm(network, "IID, server Adam 1.0", adam),
             arm(network, f"IID, {EPOCHS} local epochs", epochs),
-            arm(network, f"shards, {EPOCHS} local epochs", {**shards, **epochs}),
         ]
-    found += [arm("small CNN", "IID"), arm("small CNN", "shards", shards)]
+    found.append(arm("small CNN", "IID"))
     for way, changes in (("IID", {}), ("shards", shards)):
         same = f"MobileNet, {way}"
         found += [
             arm("MobileNet", f"{way}, momentum 0.9", changes, momentum=0.9, rate_of=same),
             arm("MobileNet", f"{way}, pooled", changes, policy="pooled", rate_of=same),
-            arm("MobileNet", f"{way}, local", changes, policy="local"),
-            arm("MobileNet LayerNorm", way, changes),
         ]
-    found.append(arm("MobileNet 0.5", "IID"))
-    fashion = {"data.dataset": "fashion_mnist"}
-    found += [
-        arm("MobileNet", "Fashion-MNIST, central", {**fashion, **central}),
-        arm("MobileNet", "Fashion-MNIST, IID", fashion, reference=True),
-        arm("MobileNetV2", "central", central),
-        arm("MobileNetV2", "IID", reference=True),
+    return [
+        *found,
+        arm("MobileNet", "shards, local", shards, policy="local"),
+        arm("MobileNet LayerNorm", "IID"),
+        arm("MobileNet 0.5", "IID"),
     ]
-    return found
 
 
 def _experiment(setting: Setting, network: dict[str, Any], changes: dict[str, Any]) -> Experiment:
     base = {
-        "rounds": setting.rounds, "eval_every": setting.eval_every,
+        "rounds": setting.rounds, "eval_every": setting.rounds,
         "clients_per_round": setting.clients, "data.dataset": "mnist",
         "data.num_clients": setting.clients, "data.examples_per_client": setting.examples,
         "client.optimizer": "adam", "client.epochs": 1, "client.batch_size": 20,

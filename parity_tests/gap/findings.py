@@ -1,103 +1,13 @@
-"""From runs to findings: differences between arms, seed by seed, with intervals. Pure functions.
-
-Every number is a test accuracy after the last round. Two arms are compared by the differences of
-equal seeds, whose mean has a 95 % interval from Student's t; what lies inside it is no finding.
-"""
+"""From runs to findings: the chain, the advice, the remedies, the verdict. Pure functions."""
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-import numpy as np
-from scipy import stats
+from typing import Any
 
 from parity_tests.gap.arms import CHAINS, EPOCHS
-from parity_tests.gap.trials import honest
-
-CONFIDENCE = 0.95
-CHANCE = 0.2
-"""Ten classes: guessing gives 0.1, and a network that knows one of them no more than this."""
-
-
-class Stop(NamedTuple):
-    """An accuracy: of an arm, in a system, under a rule for BatchNorm's statistics."""
-
-    label: str
-    arm: str
-    system: str = "jaxfed"
-    rule: str = "kept"
-
-
-class Effect(NamedTuple):
-    """The mean of one number a seed, or of its differences, with its interval."""
-
-    mean: float
-    low: float
-    high: float
-    by_seed: list[float]
-
-
-class Runs:
-    """All runs, found by arm, system and seed."""
-
-    def __init__(self, runs: Iterable[dict[str, Any]], rate_of: dict[str, str | None]):
-        self._runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        self._rate_of = rate_of
-        for run in runs:
-            self._runs.setdefault((run["arm"], run["system"]), []).append(run)
-
-    def has(self, stop: Stop) -> bool:
-        """Whether the study ran it."""
-        return (stop.arm, stop.system) in self._runs
-
-    def rates(self, arm: str, rule: str) -> list[tuple[float, float]]:
-        """(mean validation accuracy, learning rate), the best first."""
-        found: dict[float, list[float]] = {}
-        for run in self._runs[self._rate_of.get(arm) or arm, "jaxfed"]:
-            found.setdefault(run["rate"], []).append(run["validation"][rule])
-        return sorted(((float(np.mean(v)), rate) for rate, v in found.items()), reverse=True)
-
-    def rate(self, arm: str) -> float:
-        """The learning rate that is best on validation images, with honest statistics."""
-        runs = self._runs[self._rate_of.get(arm) or arm, "jaxfed"]
-        return self.rates(arm, honest(runs[0]))[0][1]
-
-    def accuracy(self, stop: Stop, rate: float | None = None) -> dict[int, float]:
-        """Test accuracy after the last round by seed, at a rate or at the arm's chosen one."""
-        runs = self._runs[stop.arm, stop.system]
-        rate = (self.rate(stop.arm) if rate is None else rate) if stop.system == "jaxfed" else None
-        return {
-            run["seed"]: run["test"][stop.rule][-1]
-            for run in runs
-            if rate is None or run["rate"] == rate
-        }
-
-    def curve(self, stop: Stop) -> tuple[list[int], np.ndarray]:
-        """Rounds, and test accuracy [seeds, rounds]."""
-        rate = self.rate(stop.arm)
-        runs = [r for r in self._runs[stop.arm, stop.system] if r["rate"] == rate]
-        return runs[0]["rounds"], np.array([run["test"][stop.rule] for run in runs])
-
-
-def effect(numbers: Iterable[float]) -> Effect:
-    """Mean and interval of independent numbers, one a seed."""
-    values = np.array(list(numbers))
-    spread = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
-    mean = float(values.mean())
-    return Effect(mean, mean - float(spread), mean + float(spread), values.tolist())
-
-
-def difference(after: dict[int, float], before: dict[int, float]) -> Effect:
-    """`after` minus `before`, over the seeds that both have."""
-    return effect(after[seed] - before[seed] for seed in sorted(after.keys() & before.keys()))
-
-
-def verdict(found: Effect) -> str:
-    """What an article's claim that this should be above zero comes to."""
-    if found.low > 0:
-        return "supported"
-    return "opposite" if found.high < 0 else "not supported"
-
+from parity_tests.gap.effects import (
+    CHANCE, Effect, Runs, Stop, difference, effect, same, verdict, within_seeds,
+)  # fmt: skip
 
 # --- The chain ------------------------------------------------------------------------------
 
@@ -157,35 +67,32 @@ def claims(runs: Runs) -> list[dict[str, Any]]:
         ("shuffle the clients' images, which arrive sorted", "IID", "IID, sorted by label"),
         ("shuffle the clients' images, which arrive mixed", "IID", "IID, not shuffled"),
         ("server Adam at 1.0 instead of averaging", "IID, server Adam 1.0", "IID"),
-        (f"1 local epoch instead of {EPOCHS}, IID", "IID", f"IID, {EPOCHS} local epochs"),
-        (f"1 local epoch instead of {EPOCHS}, shards", "shards", f"shards, {EPOCHS} local epochs"),
+        (f"1 local epoch instead of {EPOCHS}, as many steps", "IID", f"IID, {EPOCHS} local epochs"),
         ("IID clients instead of two-class shards", "IID", "shards"),
     )
     for text, advised, other in pairs:
         for view, network, rule in views:
-            best = [_tuned(runs, f"{network}, {way}", rule) for way in (advised, other)]
-            found.append(_claim(text, view, *best))
+            sides = [
+                runs.accuracy(Stop("", f"{network}, {way}", rule=rule)) for way in (advised, other)
+            ]
+            found.append(_claim(text, view, *sides))
     for view, network, rule in views:
         stop = Stop("", f"{network}, IID", rule=rule)
         rates = runs.rates(stop.arm, rule)
         best, worst = rates[0][1], rates[-1][1]
-        text = "choose the client learning rate: best of the grid against worst"
+        text = "choose the client learning rate: best of those tried against worst"
         found.append(_claim(text, view, runs.accuracy(stop, best), runs.accuracy(stop, worst)))
-    small = _tuned(runs, "small CNN, IID", "kept")
+    small = runs.accuracy(Stop("", "small CNN, IID"))
     for view, network, rule in views:
-        other = _tuned(runs, f"{network}, IID", rule)
+        other = runs.accuracy(Stop("", f"{network}, IID", rule=rule))
         found.append(_claim("a smaller network, the article's third, instead", view, small, other))
     narrow, wide = (
-        _tuned(runs, f"{name}, IID", "frozen") for name in ("MobileNet", "MobileNet 0.5")
+        runs.accuracy(Stop("", f"{name}, IID", rule="frozen"))
+        for name in ("MobileNet", "MobileNet 0.5")
     )
     text = "a smaller network: MobileNet of width 0.25 instead of 0.5"
     found.append(_claim(text, "MobileNet as TFF tests it", narrow, wide))
     return found
-
-
-def _tuned(runs: Runs, arm: str, rule: str) -> dict[int, float]:
-    """At the learning rate that is best for the very rule it is tested under."""
-    return runs.accuracy(Stop("", arm, rule=rule), runs.rates(arm, rule)[0][1])
 
 
 def _claim(text: str, view: str, advised: dict, other: dict) -> dict[str, Any]:
@@ -239,47 +146,56 @@ def remedies(runs: Runs, way: str) -> list[dict[str, Any]]:
 # --- The verdict ----------------------------------------------------------------------------
 
 
+CHANCE_LEFT = "IID clients, and still at chance: TFF prints"
 FEDERATION = "federated averaging itself changes accuracy by"
 RULE = "TFF's rule for BatchNorm, on the same weights, by"
+BIGGER = "which is more than federated averaging costs, by"
 RESIDUAL = "what is left between jaxfed under that rule and TFF is"
+TRAINED = "and between their weights, both with exact statistics,"
+GAIN = "recalibrated in TFF, its weights gain"
 
 
 def conclusions(runs: Runs, names: Iterable[str]) -> list[dict[str, Any]]:
     """The sentences that the study is for, each with its numbers and whether it holds.
 
     `names` are the networks (and datasets) with BatchNorm to conclude about: what precedes
-    ", central" and ", IID" in the names of arms.
+    ", central" and ", IID" in the names of arms. That two systems do the same is concluded where
+    both have repeats.
     """
     found = []
     for name in names:
         central, iid = f"{name}, central", f"{name}, IID"
-        printed = runs.accuracy(Stop("", iid, "TFF", "frozen"))
-        frozen = runs.accuracy(Stop("", iid, rule="frozen"))
-        honest = runs.accuracy(Stop("", iid, rule="recalibrated"))
-        mended = runs.accuracy(Stop("", iid, "TFF", "recalibrated"))
+        printed = Stop("", iid, "TFF", "frozen")
+        frozen = Stop("", iid, rule="frozen")
+        exact = Stop("", iid, rule="recalibrated")
+        mended = Stop("", iid, "TFF", "recalibrated")
         pooled = runs.accuracy(Stop("", central, rule="recalibrated"))
-        algorithm, rule = difference(honest, pooled), difference(frozen, honest)
-        residual, trained = difference(printed, frozen), difference(mended, honest)
-        gain, tested = difference(mended, printed), effect(printed.values())
+        federation = difference(runs.accuracy(exact), pooled)
+        rule = difference(runs.accuracy(frozen), runs.accuracy(exact))
+        more = effect(a - b for a, b in zip(rule.by_seed, federation.by_seed, strict=True))
+        tested = effect(runs.accuracy(printed).values())
+        gain = difference(runs.accuracy(mended), runs.accuracy(printed))
         found += [
-            _conclusion(
-                name, "IID clients, and still at chance: TFF prints", tested, tested.high < CHANCE
-            ),
-            _conclusion(name, FEDERATION, algorithm,
-                        abs(algorithm.mean) < abs(rule.mean)),
-            _conclusion(name, RULE, rule,
-                        rule.high < 0),
-            _conclusion(name, RESIDUAL, residual,
-                        residual.low <= 0 <= residual.high),
-            _conclusion(name, "and with both statistics recalibrated", trained,
-                        trained.low <= 0 <= trained.high),
-            _conclusion(name, "recalibrated in TFF, its weights gain", gain, gain.low > 0),
-        ]  # fmt: skip
+            _conclusion(name, CHANCE_LEFT, tested, tested.high < CHANCE),
+            _conclusion(name, FEDERATION, federation, None),
+            _conclusion(name, RULE, rule, rule.high < 0),
+            _conclusion(name, BIGGER, more, more.high < 0),
+            _conclusion(name, GAIN, gain, gain.low > 0),
+        ]
+        repeats = [*runs.repeats(mended).values(), *runs.repeats(exact).values()]
+        if min(map(len, repeats)) > 1:
+            residual = within_seeds(runs.repeats(printed), runs.repeats(frozen))
+            trained = within_seeds(runs.repeats(mended), runs.repeats(exact))
+            found += [
+                _conclusion(name, RESIDUAL, residual, same(residual)),
+                _conclusion(name, TRAINED, trained, same(trained)),
+            ]
     return found
 
 
-def _conclusion(name: str, text: str, found: Effect, holds: bool) -> dict[str, Any]:
-    return {"about": name, "text": text, "effect": found._asdict(), "holds": bool(holds)}
+def _conclusion(name: str, text: str, found: Effect, holds: bool | None) -> dict[str, Any]:
+    """`holds` is None for a number that nothing is claimed of."""
+    return {"about": name, "text": text, "effect": found._asdict(), "holds": holds}
 
 
 def curves(runs: Runs) -> dict[str, Any]:

@@ -37,21 +37,28 @@ from jaxfed.models.layers import BatchNorm
 from jaxfed.plan import stack_plans
 from jaxfed.program import EVAL_BATCH, Knobs, knobs_of, make_algorithm
 from parity_tests.case import Case, make_case, remade
-from parity_tests.gap.arms import Arm, Setting
+from parity_tests.gap.arms import NUDGE, Arm, Setting
 from parity_tests.reference import live
 from tff_reference.process import Worker
 
 Run = dict[str, Any]
-"""arm, system, seed, rate; rounds, test {rule: [...]}, validation {rule: ...}, train; seconds."""
+"""arm, system, seed, repeat, rate, chose; rounds, test {rule: [...]}, validation {rule: ...}, train; seconds."""
 
 DEADLINE = 3600.0
+DISPATCH = 5
+"""Rounds that are one call, where it divides: arms that are tested at other times share a program.
+"""
 
 
-def case_of(arm: Arm, setting: Setting, seed: int) -> Case:
-    """What every system is given for one seed of an arm."""
+def case_of(arm: Arm, setting: Setting, seed: int, repeat: int = 0) -> Case:
+    """What every system is given for one seed of an arm, or for a repeat of it."""
     case = make_case(override(arm.experiment, {"seed": seed}), rounds=arm.experiment.rounds)
     rows = np.random.default_rng([seed, 1]).permutation(len(case.task.dataset.y_test))
     case = case._replace(test=_examples(case, "test", rows[: setting.held_out]))
+    params = jax.tree.map(
+        lambda leaf: (leaf * (1 + NUDGE * repeat)).astype(leaf.dtype), case.start.params
+    )
+    case = case._replace(start=case.start._replace(params=params))
     if arm.momentum is not None:
         case = case._replace(task=remade(case.task, lambda m: _set_momentum(m, arm.momentum)))
     if arm.order != "shuffled":
@@ -109,31 +116,45 @@ Programs = dict[str, Callable[..., Any]]
 
 
 class Trial(NamedTuple):
-    """What one seed of an arm needs."""
+    """What one run of an arm needs."""
 
     seed: int
+    repeat: int
+    chooses: bool
+    """Whether its validation accuracy is one of those that choose the learning rate."""
     case: Case
     validation: Examples
 
 
 def in_jaxfed(arm: Arm, setting: Setting, rate: float | None, programs: Programs) -> list[Run]:
-    """Every seed at one rate, or (None) at as many as it takes to find the best.
+    """Every seed at one rate, or (None) at the best, which the first `setting.tuning` seeds find.
 
-    Arms that differ in data alone share a program of `programs`.
+    Repeats are run at the best alone. Arms that differ in data alone share a program of `programs`.
     """
-    cases = [(seed, case_of(arm, setting, seed)) for seed in setting.seeds]
-    trials = [Trial(seed, case, validation_of(case, setting, seed)) for seed, case in cases]
+    trials = [_trial(arm, setting, seed, 0) for seed in setting.seeds]
     functions = _functions(arm, trials[0].case, programs)
 
-    def at(rate: float) -> list[Run]:
+    def at(rate: float, trials: list[Trial]) -> list[Run]:
         return [_timed(arm, functions, trial, rate) for trial in trials]
 
     if rate is not None:
-        return at(rate)
-    tried = {rate: at(rate) for rate in setting.start}
+        return at(rate, trials)
+    first, rest = trials[: setting.tuning], trials[setting.tuning :]
+    tried = {rate: at(rate, first) for rate in setting.start}
     while missing := _neighbours(setting.rates, tried):
-        tried[missing[0]] = at(missing[0])
+        tried[missing[0]] = at(missing[0], first)
+    best = _best(tried)
+    for rate in tried if arm.about_rates else (best,):
+        tried[rate] += at(rate, rest)
+    for repeat in range(1, setting.repeats if arm.repeated else 1):
+        tried[best] += at(best, [_trial(arm, setting, seed, repeat) for seed in setting.seeds])
     return [run for rate in sorted(tried) for run in tried[rate]]
+
+
+def _trial(arm: Arm, setting: Setting, seed: int, repeat: int) -> Trial:
+    case = case_of(arm, setting, seed, repeat)
+    chooses = repeat == 0 and seed in setting.seeds[: setting.tuning]
+    return Trial(seed, repeat, chooses, case, validation_of(case, setting, seed))
 
 
 def honest(run: Run) -> str:
@@ -141,13 +162,18 @@ def honest(run: Run) -> str:
     return "recalibrated" if "recalibrated" in run["validation"] else "kept"
 
 
-def _neighbours(rates: tuple[float, ...], tried: dict[float, list[Run]]) -> list[float]:
-    """Rates beside the best one that are still to be tried."""
+def _best(tried: dict[float, list[Run]]) -> float:
+    """The rate that is best on validation images, in the mean over the seeds that chose it."""
 
     def score(rate: float) -> float:
         return float(np.mean([run["validation"][honest(run)] for run in tried[rate]]))
 
-    place = rates.index(max(tried, key=score))
+    return max(tried, key=score)
+
+
+def _neighbours(rates: tuple[float, ...], tried: dict[float, list[Run]]) -> list[float]:
+    """Rates beside the best one that are still to be tried."""
+    place = rates.index(_best(tried))
     beside = rates[max(place - 1, 0) : place + 2]
     return [rate for rate in beside if rate not in tried]
 
@@ -156,8 +182,8 @@ def _timed(arm: Arm, functions: Functions, trial: Trial, rate: float) -> Run:
     started = time.perf_counter()
     found = _train(functions, trial.case, trial.validation, rate)
     seconds = round(time.perf_counter() - started, 2)
-    names = {"arm": arm.name, "system": "jaxfed", "seed": trial.seed, "rate": rate}
-    return {**names, **found, "seconds": seconds}
+    names = {"arm": arm.name, "system": "jaxfed", "seed": trial.seed, "repeat": trial.repeat}
+    return {**names, "rate": rate, "chose": trial.chooses, **found, "seconds": seconds}
 
 
 def _functions(arm: Arm, case: Case, programs: Programs) -> Functions:
@@ -223,14 +249,16 @@ def _train(functions: Functions, case: Case, validation: Examples, rate: float) 
     knobs = jax.tree.map(jnp.float32, knobs_of(experiment))
     start = jax.tree.map(jnp.asarray, case.start)
     state, every = functions.init(start), experiment.eval_every
+    step = DISPATCH if every % DISPATCH == 0 else every
     rounds = range(every, experiment.rounds + 1, every)
     trained, tested, dropped = [], [], 0
-    for last in rounds:
-        plans = stack_plans(case.plans[last - every : last])
+    for last in range(step, experiment.rounds + 1, step):
+        plans = stack_plans(case.plans[last - step : last])
         state, metrics = functions.train(knobs, state, case.train, plans)
         trained += np.asarray(metrics.train_accuracy).tolist()
         dropped += int(np.asarray(metrics.dropped).sum())
-        tested.append(functions.test(state, start.stats, case.train, case.test))
+        if last in rounds:
+            tested.append(functions.test(state, start.stats, case.train, case.test))
     validated = functions.test(state, start.stats, case.train, validation)
     return {
         "rounds": list(rounds),
@@ -241,14 +269,20 @@ def _train(functions: Functions, case: Case, validation: Examples, rate: float) 
     }
 
 
-def in_reference(arm: Arm, setting: Setting, seed: int, rate: float, worker: Worker) -> Run:
-    """One seed in TFF, or in Keras for central training, at one rate."""
-    case = case_of(arm, setting, seed)
+def in_reference(
+    arm: Arm, setting: Setting, seed: int, repeat: int, rate: float, worker: Worker
+) -> Run:
+    """One run in TFF, or in Keras for central training, at one rate."""
+    case = case_of(arm, setting, seed, repeat)
     experiment = override(case.task.experiment, {"client.lr": rate})
     case = case._replace(task=case.task._replace(experiment=experiment))
     started = time.perf_counter()
     trace = live(
-        case, worker, f"{arm.name}, seed {seed}", DEADLINE, eval_every=experiment.eval_every
+        case,
+        worker,
+        f"{arm.name}, seed {seed}.{repeat}",
+        DEADLINE,
+        eval_every=experiment.eval_every,
     )
     seconds = time.perf_counter() - started
     central = experiment.algorithm == "central"
@@ -263,6 +297,7 @@ def in_reference(arm: Arm, setting: Setting, seed: int, rate: float, worker: Wor
         "arm": arm.name,
         "system": "Keras" if central else "TFF",
         "seed": seed,
+        "repeat": repeat,
         "rate": rate,
         "rounds": list(rounds),
         "test": test,
