@@ -38,6 +38,18 @@ def test_library_examples(capsys):
     assert train > 0.7
 
 
+@pytest.mark.parametrize("page", ["batchnorm"])
+def test_pages_print_what_they_show(page, tmp_path, monkeypatch, capsys):
+    """A block of Python, and what it prints in the block of text after it."""
+    monkeypatch.chdir(tmp_path)
+    text, scope = (ROOT / "docs" / f"{page}.md").read_text(), {"__name__": page}
+    blocks = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", text, re.DOTALL)
+    assert blocks
+    for source, shown in blocks:
+        exec(source, scope)  # the pages are ours
+        assert capsys.readouterr().out == shown
+
+
 def commands():
     """Every `python -m jaxfed.train` of the README that needs no dataset from outside."""
     text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
@@ -70,11 +82,12 @@ def test_every_linked_file_exists():
             assert (page.parent / target).exists(), (page.name, target)
 
 
-def test_figures_in_the_readme_are_those_of_the_results_file():
+def test_figures_of_the_collapse_are_those_of_the_results_file():
     results = json.loads((ROOT / "docs/results/collapse.json").read_text())
-    for row in results["runs"]:
-        accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
-        assert f"| {row['label']} | {accuracies} |" in README
+    for page in (README, (ROOT / "docs" / "batchnorm.md").read_text()):
+        for row in results["runs"]:
+            accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
+            assert f"| {row['label']} | {accuracies} |" in page
 
 
 def test_figures_beside_mcmahan_are_those_of_the_results_file():
