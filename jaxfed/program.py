@@ -103,6 +103,8 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
 
 def make_algorithm(task: Task, knobs: Knobs, mesh: Mesh | None = None) -> FedAlgorithm:
     """The algorithm an experiment names, with its numbers taken from `knobs` (may be traced)."""
+    if task.algorithm is not None:
+        return task.algorithm(task.model, mesh)
     experiment = task.experiment
     client_tx = optimizer(experiment.client.optimizer, knobs.client_lr, knobs.client_momentum)
     server_tx = optimizer(experiment.server.optimizer, knobs.server_lr, knobs.server_momentum)

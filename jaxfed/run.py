@@ -17,7 +17,7 @@ from flax import nnx
 from jaxfed import data
 from jaxfed.experiment import Experiment
 from jaxfed.model import Model, Variables
-from jaxfed.prepare import Task, prepare
+from jaxfed.prepare import MakeAlgorithm, Task, prepare
 from jaxfed.program import compile_tasks, segments
 
 
@@ -69,6 +69,7 @@ def run(
     dataset: data.Dataset | None = None,
     build: Callable[[nnx.Rngs], nnx.Module] | None = None,
     model: Model | None = None,
+    algorithm: MakeAlgorithm | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Runs an experiment from beginning to end.
@@ -78,6 +79,7 @@ def run(
       dataset: your own images instead of `experiment.data.dataset`.
       build: your own NNX module, `rngs -> module`, instead of `experiment.model.name`.
       model: any other network as a `Model(init, apply)`.
+      algorithm: your own, `(model, mesh) -> FedAlgorithm`, instead of `experiment.algorithm`.
       on_round: called with every row of the history.
 
     Raises:
@@ -89,7 +91,7 @@ def run(
       >>> [row["round"] for row in result.history]
       [1, 2]
     """
-    task = prepare(experiment, dataset=dataset, build=build, model=model)
+    task = prepare(experiment, dataset=dataset, build=build, model=model, algorithm=algorithm)
     started = time.perf_counter()
     program = compile_tasks([task])
     history, variables = [], None
