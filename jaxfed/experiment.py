@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field
@@ -201,6 +202,35 @@ def dotted_keys(cls: Any = Experiment, prefix: str = "") -> list[str]:
         nested = dataclasses.is_dataclass(kind)
         keys += dotted_keys(kind, f"{prefix}{item.name}.") if nested else [prefix + item.name]
     return keys
+
+
+def value_of(experiment: Experiment, key: str) -> Any:
+    """The value of a dotted key.
+
+    Example:
+      >>> value_of(Experiment(), "client.lr")
+      0.1
+    """
+    node: Any = experiment
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def command_line(experiment: Experiment, between: str = " ") -> str:
+    """The command that runs an experiment: every key that is not at its default, as a flag.
+
+    Example:
+      >>> command_line(Experiment(name="my run", client=ClientConfig(lr=0.05)))
+      "python -m jaxfed.train --name 'my run' --client.lr 0.05"
+    """
+    parts = ["python -m jaxfed.train"]
+    for key in dotted_keys():
+        value = value_of(experiment, key)
+        if value != value_of(Experiment(), key):
+            text = shlex.quote(str(value))
+            parts.append(f"--{key}={text}" if str(value).startswith("-") else f"--{key} {text}")
+    return between.join(parts)
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:

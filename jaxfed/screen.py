@@ -9,18 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jaxfed.batch_stats import POLICIES
 from jaxfed.experiment import ClientConfig, ServerConfig
 from jaxfed.prepare import Task
 from jaxfed.program import chunk_of
 from jaxfed.run import device_name, name_of
-
-POLICIES = {
-    "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",
-    "mean": "weighted mean of the clients' moving statistics",
-    "pooled": "pooled over clients by the law of total variance",
-    "local": "every client keeps its own BatchNorm layers (FedBN)",
-    "recalibrate": "exact moments of training data at every evaluation",
-}
 
 
 def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> None:

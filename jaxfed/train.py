@@ -20,12 +20,13 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, report, screen
+from jaxfed import folder, report, saved, screen
+from jaxfed.algorithm import State
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
 from jaxfed.prepare import Task, precision, prepare
-from jaxfed.program import Program, compile_tasks, segments
-from jaxfed.run import name_of, summarize
+from jaxfed.program import Final, Program, compile_tasks, finish, segments
+from jaxfed.run import summarize
 from jaxfed.sweep import Point, folder_name, points, programs
 
 
@@ -57,6 +58,8 @@ class Outcome(NamedTuple):
 
     histories: list[list[dict[str, Any]]]
     summaries: list[dict[str, Any]]
+    state: State
+    """After the last round."""
     signal: int
     """The signal that ended it, or 0."""
 
@@ -162,7 +165,7 @@ def run_program(
     }
     pairs = zip(tasks, histories, strict=True)
     summaries = [summarize(task, history, seconds) for task, history in pairs]
-    return Outcome(histories, summaries, caught)
+    return Outcome(histories, summaries, state, caught)
 
 
 def _diverged(history: list[dict[str, Any]]) -> bool:
@@ -172,15 +175,28 @@ def _diverged(history: list[dict[str, Any]]) -> bool:
 
 
 def write_results(
-    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any]
+    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final
 ) -> None:
-    """Writes what is made at the end: `summary.json`, `curves.png`, `report.html`."""
-    title = name_of(task.experiment)
+    """Writes what is made at the end: `summary.json`, the weights, the clients, the pictures."""
     folder.write_json(path / folder.SUMMARY, summary)
-    folder.write_atomically(path / "curves.png", report.curves_png({title: history}))
-    shown = {key: value for key, value in summary.items() if key != "versions"}
-    page = report.report_html(title, {title: history}, [shown], task.experiment)
-    folder.write_atomically(path / "report.html", page)
+    saved.write_weights(path / saved.WEIGHTS, final.variables)
+    table = label_table(task.partition, task.dataset.y_train, task.dataset.num_classes)
+    rows = saved.client_rows(
+        task.partition.sizes, table, final.clients.accuracy, final.clients.loss
+    )
+    folder.write_csv(path / saved.CLIENTS, rows)
+    # From the files, so that a page can be made again from a folder, and is the same.
+    folder.write_atomically(path / "report.html", report.run_page(saved.load_run(path)))
+    folder.write_atomically(path / "curves.png", report.curves_png({summary["name"]: history}))
+
+
+def write_sweep(home: Path, base: Experiment, runs: Sequence[report.SweepPoint]) -> None:
+    """Writes the files that compare the points of a sweep."""
+    rows = [{**run.changes, **_flat(run.summary)} for run in runs]
+    folder.write_csv(home / "sweep.csv", rows)
+    folder.write_atomically(home / "report.html", report.sweep_page(base, runs))
+    curves = {run.label: run.history for run in runs}
+    folder.write_atomically(home / "curves.png", report.curves_png(curves))
 
 
 def train(command: Command, console: Console) -> int:
@@ -231,23 +247,22 @@ def train(command: Command, console: Console) -> int:
                 group, outcome.histories, outcome.summaries, strict=True
             ):
                 outcomes[i] = (history, summary)
+            if home:
+                for i, final in zip(group, finish(program, outcome.state), strict=True):
+                    path, (history, summary) = folders[i], outcomes[i]
+                    assert path is not None
+                    write_results(path, tasks[i], history, summary, final)
             caught = outcome.signal
             if caught:
                 break
     finished = [(i, *outcomes[i]) for i in sorted(outcomes)]
-    for i, history, summary in finished:
-        if path := folders[i]:
-            write_results(path, tasks[i], history, summary)
     rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in finished]
     if command.out and command.sweep:
-        folder.write_csv(
-            command.out / "sweep.csv",
-            [{**todo[i].changes, **_flat(summary)} for i, _, summary in finished],
-        )
-        curves = {_label(todo[i]): history for i, history, _ in finished}
-        folder.write_atomically(command.out / "curves.png", report.curves_png(curves))
-        page = report.report_html("sweep", curves, rows, tasks[0].experiment)
-        folder.write_atomically(command.out / "report.html", page)
+        runs = [
+            report.SweepPoint(todo[i].changes, tasks[i].experiment, history, summary)
+            for i, history, summary in finished
+        ]
+        write_sweep(command.out, command.experiment, runs)
     screen.results(console, rows)
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
