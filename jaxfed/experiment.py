@@ -22,6 +22,16 @@ OptimizerName = Literal[
 Norm = Literal["batch", "group", "layer", "none"]
 BatchStats = Literal["frozen", "mean", "pooled", "local", "recalibrate"]
 
+Algorithm = Literal["fedavg", "fedprox", "fedsgd", "central"]
+
+ALGORITHMS: dict[Algorithm, str] = {
+    "fedavg": "federated averaging (McMahan 2017), with any server optimizer (Reddi 2021)",
+    "fedprox": "fedavg with a proximal term, --client.prox_mu (Li 2020)",
+    "fedsgd": "one gradient a client and round (McMahan 2017)",
+    "central": "ordinary training on the cohort's pooled data: the other half of a comparison",
+}
+"""What `--list` says of each algorithm."""
+
 WITH_MOMENTUM = ("momentum", "nesterov")
 
 
@@ -117,14 +127,14 @@ class Experiment:
     """Clients in a cohort (default: 10, or all if there are fewer)."""
     eval_every: int = 1
     """Evaluate on the test set every so many rounds, and after the last."""
-    algorithm: Literal["fedavg", "fedprox", "fedsgd", "central"] = "fedavg"
-    """central is ordinary training on the cohort's pooled data: the other half of a comparison."""
+    algorithm: Algorithm = "fedavg"
+    """How the clients' work becomes the server's; central is ordinary training."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Clients count by their number of examples, or equally."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the computation; weights are float32 (float64 with float64)."""
     parallel: Literal["auto", "loop", "vmap"] | int = "auto"
-    """Clients computed at once: one (loop), all (vmap), or chunks of so many."""
+    """Clients at once on each device (all visible devices are used): one (loop), all (vmap), N."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     client: ClientConfig = field(default_factory=ClientConfig)

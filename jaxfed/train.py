@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, report, saved, screen
+from jaxfed import folder, manual, report, saved, screen
 from jaxfed.algorithm import State
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
@@ -49,6 +49,8 @@ class Command:
     """Save the state every so many rounds (default: at the end, and when interrupted)."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Print the datasets, partitions, models, optimizers and algorithms there are, and stop."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -334,7 +336,15 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns every foreseen failure into one line and an exit code."""
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        asks_help = bool({"-h", "--help"} & set(given))
+        command = Command() if asks_help else parse(given)
+        if asks_help or command.list_:
+            width = manual.terminal_width()
+            print(
+                manual.help_text(command, width) if asks_help else manual.list_text(width), end=""
+            )
+            return 0
         return train(command, Console(quiet=command.quiet))
     except (ConfigError, DataError) as error:
         print(f"jaxfed: {error}", file=sys.stderr)
