@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,6 +21,16 @@ OptimizerName = Literal[
 ]
 Norm = Literal["batch", "group", "layer", "none"]
 BatchStats = Literal["frozen", "mean", "pooled", "local", "recalibrate"]
+
+Algorithm = Literal["fedavg", "fedprox", "fedsgd", "central"]
+
+ALGORITHMS: dict[Algorithm, str] = {
+    "fedavg": "federated averaging (McMahan 2017), with any server optimizer (Reddi 2021)",
+    "fedprox": "fedavg with a proximal term, --client.prox_mu (Li 2020)",
+    "fedsgd": "one gradient a client and round (McMahan 2017)",
+    "central": "ordinary training on the cohort's pooled data: the other half of a comparison",
+}
+"""What `--list` says of each algorithm."""
 
 WITH_MOMENTUM = ("momentum", "nesterov")
 
@@ -116,14 +127,14 @@ class Experiment:
     """Clients in a cohort (default: 10, or all if there are fewer)."""
     eval_every: int = 1
     """Evaluate on the test set every so many rounds, and after the last."""
-    algorithm: Literal["fedavg", "fedprox", "fedsgd", "central"] = "fedavg"
-    """central is ordinary training on the cohort's pooled data: the other half of a comparison."""
+    algorithm: Algorithm = "fedavg"
+    """How the clients' work becomes the server's; central is ordinary training."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Clients count by their number of examples, or equally."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the computation; weights are float32 (float64 with float64)."""
     parallel: Literal["auto", "loop", "vmap"] | int = "auto"
-    """Clients computed at once: one (loop), all (vmap), or chunks of so many."""
+    """Clients at once on each device (all visible devices are used): one (loop), all (vmap), N."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -201,6 +212,35 @@ def dotted_keys(cls: Any = Experiment, prefix: str = "") -> list[str]:
         nested = dataclasses.is_dataclass(kind)
         keys += dotted_keys(kind, f"{prefix}{item.name}.") if nested else [prefix + item.name]
     return keys
+
+
+def value_of(experiment: Experiment, key: str) -> Any:
+    """The value of a dotted key.
+
+    Example:
+      >>> value_of(Experiment(), "client.lr")
+      0.1
+    """
+    node: Any = experiment
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def command_line(experiment: Experiment, between: str = " ") -> str:
+    """The command that runs an experiment: every key that is not at its default, as a flag.
+
+    Example:
+      >>> command_line(Experiment(name="my run", client=ClientConfig(lr=0.05)))
+      "python -m jaxfed.train --name 'my run' --client.lr 0.05"
+    """
+    parts = ["python -m jaxfed.train"]
+    for key in dotted_keys():
+        value = value_of(experiment, key)
+        if value != value_of(Experiment(), key):
+            text = shlex.quote(str(value))
+            parts.append(f"--{key}={text}" if str(value).startswith("-") else f"--{key} {text}")
+    return between.join(parts)
 
 
 def _unknown(key: str, known: list[str]) -> ConfigError:

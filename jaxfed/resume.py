@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
 
     histories: list[list[dict[str, Any]]]
     summaries: list[dict[str, Any]]
+    state: State
+    """After the last round; a leading axis `[points]` on every leaf."""
     signal: int
     """The signal that ended it, or 0."""
 
@@ -165,7 +167,8 @@ def run_program(
         caught = stop()
     spent["seconds"] += time.perf_counter() - began
     pairs = zip(tasks, histories, strict=True)
-    return Outcome(histories, [summarize(task, history, spent) for task, history in pairs], caught)
+    summaries = [summarize(task, history, spent) for task, history in pairs]
+    return Outcome(histories, summaries, state, caught)
 
 
 def diverged(history: list[dict[str, Any]]) -> bool:

@@ -17,13 +17,12 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, report, screen
+from jaxfed import folder, manual, report, saved, screen
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json
 from jaxfed.prepare import Task, prepare
-from jaxfed.program import compile_tasks
+from jaxfed.program import Final, compile_tasks, finish
 from jaxfed.resume import diverged, find_start, finished, run_program
-from jaxfed.run import name_of
 from jaxfed.sweep import Point, folder_name, points, programs
 
 
@@ -46,6 +45,8 @@ class Command:
     """Save the state every so many rounds (default: every minute); always at the end."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Print the datasets, partitions, models, optimizers and algorithms there are, and stop."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -78,15 +79,28 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def write_results(
-    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any]
+    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final
 ) -> None:
-    """Writes what is made at the end: `summary.json`, `curves.png`, `report.html`."""
-    title = name_of(task.experiment)
+    """Writes what is made at the end: `summary.json`, the weights, the clients, the pictures."""
     folder.write_json(path / folder.SUMMARY, summary)
-    folder.write_atomically(path / "curves.png", report.curves_png({title: history}))
-    shown = {key: value for key, value in summary.items() if key != "versions"}
-    page = report.report_html(title, {title: history}, [shown], task.experiment)
-    folder.write_atomically(path / "report.html", page)
+    saved.write_weights(path / saved.WEIGHTS, final.variables)
+    table = label_table(task.partition, task.dataset.y_train, task.dataset.num_classes)
+    rows = saved.client_rows(
+        task.partition.sizes, table, final.clients.accuracy, final.clients.loss
+    )
+    folder.write_csv(path / saved.CLIENTS, rows)
+    # From the files, so that a page can be made again from a folder, and is the same.
+    folder.write_atomically(path / "report.html", report.run_page(saved.load_run(path)))
+    folder.write_atomically(path / "curves.png", report.curves_png({summary["name"]: history}))
+
+
+def write_sweep(home: Path, base: Experiment, runs: Sequence[report.SweepPoint]) -> None:
+    """Writes the files that compare the points of a sweep."""
+    rows = [{**run.changes, **_flat(run.summary)} for run in runs]
+    folder.write_csv(home / "sweep.csv", rows)
+    folder.write_atomically(home / "report.html", report.sweep_page(base, runs))
+    curves = {run.label: run.history for run in runs}
+    folder.write_atomically(home / "curves.png", report.curves_png(curves))
 
 
 def train(command: Command, console: Console) -> int:
@@ -150,22 +164,22 @@ def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Seque
                 group, outcome.histories, outcome.summaries, strict=True
             ):
                 outcomes[i] = (history, summary)
-                if path := folders[i]:
-                    write_results(path, tasks[i], history, summary)
+            if command.out:
+                for i, final in zip(group, finish(program, outcome.state), strict=True):
+                    path, (history, summary) = folders[i], outcomes[i]
+                    assert path is not None
+                    write_results(path, tasks[i], history, summary, final)
             caught = outcome.signal
             if caught:
                 break
     ended = [(i, *outcomes[i]) for i in sorted(outcomes)]
     rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in ended]
     if command.out and command.sweep:
-        folder.write_csv(
-            command.out / "sweep.csv",
-            [{**todo[i].changes, **_flat(summary)} for i, _, summary in ended],
-        )
-        curves = {_label(todo[i]): history for i, history, _ in ended}
-        folder.write_atomically(command.out / "curves.png", report.curves_png(curves))
-        page = report.report_html("sweep", curves, rows, tasks[0].experiment)
-        folder.write_atomically(command.out / "report.html", page)
+        runs = [
+            report.SweepPoint(todo[i].changes, tasks[i].experiment, history, summary)
+            for i, history, summary in ended
+        ]
+        write_sweep(command.out, command.experiment, runs)
     screen.results(console, rows)
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
@@ -234,7 +248,15 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns every foreseen failure into one line and an exit code."""
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        asks_help = bool({"-h", "--help"} & set(given))
+        command = Command() if asks_help else parse(given)
+        if asks_help or command.list_:
+            width = manual.terminal_width()
+            print(
+                manual.help_text(command, width) if asks_help else manual.list_text(width), end=""
+            )
+            return 0
         return train(command, Console(quiet=command.quiet))
     except (ConfigError, DataError) as error:
         print(f"jaxfed: {error}", file=sys.stderr)

@@ -58,7 +58,7 @@ def test_imports_point_one_way():
     order = [
         "experiment", "model", "models", "data", "optimizers", "plan", "client", "aggregate",
         "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep", "folder",
-        "checkpoint", "report", "screen", "resume", "train",
+        "checkpoint", "saved", "report", "screen", "manual", "resume", "train",
     ]  # fmt: skip
     for path in (ROOT / "jaxfed").rglob("*.py"):
         inside = path.relative_to(ROOT / "jaxfed").with_suffix("").parts[0]

@@ -9,6 +9,14 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`, called now and then while something slow goes on."""
 
 
+SOURCES = {
+    "digits": "1797 real 8x8 digits that ship with scikit-learn",
+    "NAME": "any image classification dataset of TensorFlow Datasets (needs the extra tfds)",
+    "path/to/file.npz": "your own: x_train y_train x_test y_test, perhaps client_train client_test",
+}
+"""What `load` takes."""
+
+
 class DataError(ValueError):
     """Data that cannot be used: one line saying what came, what was expected and what to do."""
 
