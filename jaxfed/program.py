@@ -133,10 +133,10 @@ def knobs_of(experiment: Experiment) -> Knobs:
     )
 
 
-def segment_length(task: Task, checkpoint_every: int | None = None) -> int:
-    """Rounds a dispatch: it ends at every evaluation and checkpoint, and divides the run."""
+def segment_length(task: Task, checkpoint_every: int | None = None, done: int = 0) -> int:
+    """Rounds a dispatch: it ends at every evaluation and checkpoint, and divides what is to do."""
     experiment = task.experiment
-    length = math.gcd(experiment.rounds, experiment.eval_every, checkpoint_every or 0)
+    length = math.gcd(experiment.rounds, experiment.eval_every, checkpoint_every or 0, done)
     seats = 1 if task.schedule.pooled else task.schedule.clients_per_round
     size = 4 * seats * task.schedule.steps * task.schedule.batch
     while length > 1 and length * size > PLAN_BYTES:
@@ -144,20 +144,38 @@ def segment_length(task: Task, checkpoint_every: int | None = None) -> int:
     return length
 
 
-def compile_tasks(tasks: Sequence[Task], checkpoint_every: int | None = None) -> Program:
+def initial_state(task: Task, key: Array) -> State:
+    """What the first round begins with."""
+    algorithm = make_algorithm(task, knobs_of(task.experiment))
+    return algorithm.init(task.model.init(key))
+
+
+def state_like(task: Task) -> State:
+    """Shapes and dtypes of a task's state."""
+    with precision(task.experiment):
+        return jax.eval_shape(lambda key: initial_state(task, key), jax.random.key(0))
+
+
+def compile_tasks(
+    tasks: Sequence[Task], checkpoint_every: int | None = None, done: int = 0
+) -> Program:
     """Compiles the training segment and the evaluation for tasks that differ in knobs and seed.
 
     Ahead of time, so that nothing can be compiled again later: a call with other shapes fails.
+
+    Args:
+      tasks: whose experiments differ in seed and knobs only.
+      checkpoint_every: rounds after which the state has to be at hand.
+      done: rounds that were run before; `segments` goes on from there.
     """
     first = tasks[0]
     with precision(first.experiment):
-        return _compile(tasks, checkpoint_every)
+        return _compile(tasks, segment_length(first, checkpoint_every, done))
 
 
-def _compile(tasks: Sequence[Task], checkpoint_every: int | None) -> Program:
+def _compile(tasks: Sequence[Task], length: int) -> Program:
     started = time.perf_counter()
     first = tasks[0]
-    length = segment_length(first, checkpoint_every)
     knobs = jax.tree.map(lambda *leaves: jnp.asarray(leaves, float), *(
         knobs_of(task.experiment) for task in tasks
     ))  # fmt: skip
@@ -173,9 +191,7 @@ def _compile(tasks: Sequence[Task], checkpoint_every: int | None) -> Program:
         ),
         mesh,
     )
-    init = jax.jit(lambda key: make_algorithm(first, knobs_of(first.experiment)).init(
-        first.model.init(key)
-    ))  # fmt: skip
+    init = jax.jit(lambda key: initial_state(first, key))
     states = [init(jax.random.key(task.experiment.seed)) for task in tasks]
     state = replicated(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), mesh)
     policy = first.experiment.model.batch_stats or "frozen"

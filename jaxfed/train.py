@@ -5,27 +5,25 @@ Exit codes: 0 done; 1 the run failed; 2 bad input; 130 or 143 interrupted, state
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import re
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from jaxfed import folder, report, screen
 from jaxfed.data import DataError, format_label_table, label_table
-from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
-from jaxfed.prepare import Task, precision, prepare
-from jaxfed.program import Program, compile_tasks, segments
-from jaxfed.run import name_of, summarize
+from jaxfed.experiment import ConfigError, Experiment, from_json
+from jaxfed.prepare import Task, prepare
+from jaxfed.program import compile_tasks
+from jaxfed.resume import diverged, find_start, finished, run_program
+from jaxfed.run import name_of
 from jaxfed.sweep import Point, folder_name, points, programs
 
 
@@ -45,20 +43,11 @@ class Command:
     resume: bool = False
     """Go on with the run that is in --out."""
     checkpoint_every: int | None = None
-    """Save the state every so many rounds (default: at the end, and when interrupted)."""
+    """Save the state every so many rounds (default: every minute); always at the end."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-class Outcome(NamedTuple):
-    """What became of the points of one program."""
-
-    histories: list[list[dict[str, Any]]]
-    summaries: list[dict[str, Any]]
-    signal: int
-    """The signal that ended it, or 0."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -88,89 +77,6 @@ def parse(arguments: Sequence[str]) -> Command:
         raise ConfigError(f"{text}; see python -m jaxfed.train --help") from None
 
 
-@contextlib.contextmanager
-def listening() -> Iterator[Callable[[], int]]:
-    """Notes SIGINT and SIGTERM instead of dying in the middle of a round; the second one kills."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_program(
-    program: Program,
-    home: Path | None,
-    folders: Sequence[Path | None],
-    on_rounds: Callable[[list[dict[str, Any]]], None],
-    *,
-    resume: bool,
-    checkpoint_every: int | None,
-) -> Outcome:
-    """Runs all points of one program, writing their rounds as they come.
-
-    Args:
-      program: compiled.
-      home: folder of the checkpoints, or None to write nothing.
-      folders: one for each point, or None.
-      on_rounds: called with the rows of the first point after every dispatch.
-      resume: go on from the newest checkpoint.
-      checkpoint_every: rounds between checkpoints.
-    """
-    tasks = program.tasks
-    histories: list[list[dict[str, Any]]] = [[] for _ in tasks]
-    started, spent = time.perf_counter(), {"train_seconds": 0.0, "evaluate_seconds": 0.0}
-    with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(folder.checkpoints(home)) if home else None
-        with precision(tasks[0].experiment):  # or float64 comes back as float32
-            found = folder.restore(manager, program.state) if manager and resume else None
-        last_round, state = found or (0, program.state)
-        for point, path in enumerate(folders):
-            if path:
-                histories[point] = folder.read_rows(path, last_round)
-                folder.rewrite_rows(path, histories[point])
-        if last_round:
-            on_rounds(histories[0])
-        stop = stack.enter_context(listening())
-        for segment in segments(program, state, last_round + 1):
-            last_round, state = segment.rows[0][-1]["round"], segment.state
-            for history, rows, path in zip(histories, segment.rows, folders, strict=True):
-                history.extend(rows)
-                if path:
-                    folder.append_rows(path, rows)
-            spent["train_seconds"] += segment.train_seconds
-            spent["evaluate_seconds"] += segment.evaluate_seconds
-            on_rounds(segment.rows[0])
-            if manager and checkpoint_every and last_round % checkpoint_every == 0:
-                folder.save(manager, last_round, state)
-            if stop() or all(_diverged(history) for history in histories):
-                break
-        if manager and last_round:
-            folder.save(manager, last_round, state)
-        caught = stop()
-    seconds = {
-        "seconds": program.compile_seconds + time.perf_counter() - started,
-        "compile_seconds": program.compile_seconds,
-        **spent,
-    }
-    pairs = zip(tasks, histories, strict=True)
-    summaries = [summarize(task, history, seconds) for task, history in pairs]
-    return Outcome(histories, summaries, caught)
-
-
-def _diverged(history: list[dict[str, Any]]) -> bool:
-    """True if the newest evaluation gave no number."""
-    tested = [row for row in history if row["test_accuracy"] is not None]
-    return bool(tested) and tested[-1]["test_loss"] is None
-
-
 def write_results(
     path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any]
 ) -> None:
@@ -195,6 +101,11 @@ def train(command: Command, console: Console) -> int:
         raise ConfigError(f"--checkpoint_every: got {command.checkpoint_every}, expected 1 or more")
     if command.checkpoint_every and command.out is None:
         raise ConfigError("--checkpoint_every: got no --out, expected a folder to save in")
+    if command.resume and command.out and not (command.out / folder.CONFIG).exists():
+        raise ConfigError(
+            f"--resume: got --out {str(command.out)!r}, which holds no run; leave --resume out to "
+            "start one"
+        )
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
         tasks = _prepare_all(todo, progress)
@@ -203,48 +114,55 @@ def train(command: Command, console: Console) -> int:
         table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
         console.print(format_label_table(table), highlight=False, soft_wrap=True)
         return 0
+    with folder.locked(command.out) if command.out else contextlib.nullcontext():
+        return _run(command, console, todo, tasks)
+
+
+def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Sequence[Task]) -> int:
+    folders = _folders(command, todo, tasks)
     groups = programs([task.experiment for task in tasks])
     screen.header(console, tasks[0], len(todo), len(groups))
-    folders = _folders(command, todo, tasks)
     total = sum(tasks[group[0]].experiment.rounds for group in groups)
     outcomes: dict[int, tuple[list, dict]] = {}
     caught, done = 0, 0
     with screen.rounds_bar(console, total) as update:
-        for number, group in enumerate(groups):
-            members = [tasks[i] for i in group]
+        for group in groups:
+            members, homes = [tasks[i] for i in group], [folders[i] for i in group]
+            rounds = members[0].experiment.rounds
+            old = [
+                finished(home, task.experiment) for home, task in zip(homes, members, strict=True)
+            ]
+            if all(old):
+                outcomes |= {i: one for i, one in zip(group, old, strict=True) if one}
+                done += rounds
+                continue
             update(done, None)
-            program = compile_tasks(members, command.checkpoint_every)
-            home = command.out
-            if home and command.sweep:
-                home = home / folder.CHECKPOINTS / f"program_{number:03d}"
+            start = find_start(members, homes, resume=command.resume)
+            program = compile_tasks(members, command.checkpoint_every, start.round)
 
             def on_rounds(rows: list[dict[str, Any]], before: int = done) -> None:
                 for row in rows:
                     update(before + row["round"], row)
 
-            outcome = run_program(
-                program, home, [folders[i] for i in group], on_rounds,
-                resume=command.resume, checkpoint_every=command.checkpoint_every,
-            )  # fmt: skip
-            done += members[0].experiment.rounds
+            outcome = run_program(program, start, homes, on_rounds, command.checkpoint_every)
+            done += rounds
             for i, history, summary in zip(
                 group, outcome.histories, outcome.summaries, strict=True
             ):
                 outcomes[i] = (history, summary)
+                if path := folders[i]:
+                    write_results(path, tasks[i], history, summary)
             caught = outcome.signal
             if caught:
                 break
-    finished = [(i, *outcomes[i]) for i in sorted(outcomes)]
-    for i, history, summary in finished:
-        if path := folders[i]:
-            write_results(path, tasks[i], history, summary)
-    rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in finished]
+    ended = [(i, *outcomes[i]) for i in sorted(outcomes)]
+    rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in ended]
     if command.out and command.sweep:
         folder.write_csv(
             command.out / "sweep.csv",
-            [{**todo[i].changes, **_flat(summary)} for i, _, summary in finished],
+            [{**todo[i].changes, **_flat(summary)} for i, _, summary in ended],
         )
-        curves = {_label(todo[i]): history for i, history, _ in finished}
+        curves = {_label(todo[i]): history for i, history, _ in ended}
         folder.write_atomically(command.out / "curves.png", report.curves_png(curves))
         page = report.report_html("sweep", curves, rows, tasks[0].experiment)
         folder.write_atomically(command.out / "report.html", page)
@@ -257,11 +175,9 @@ def train(command: Command, console: Console) -> int:
             if command.out
             else "not saved (no --out)"
         )
-        print(
-            f"jaxfed: interrupted after round {finished[-1][2]['rounds']}; {saved}", file=sys.stderr
-        )
+        print(f"jaxfed: interrupted after round {ended[-1][2]['rounds']}; {saved}", file=sys.stderr)
         return 128 + caught
-    failed = [i for i, history, _ in finished if _diverged(history)]
+    failed = [i for i, history, _ in ended if diverged(history)]
     for i in failed:
         history = outcomes[i][0]
         print(
@@ -294,12 +210,11 @@ def _folders(command: Command, todo: Sequence[Point], tasks: Sequence[Task]) -> 
     if not command.sweep:
         folder.begin(command.out, tasks[0].experiment, resume=command.resume)
         return [command.out]
-    paths = [command.out / folder_name(i, point.changes) for i, point in enumerate(todo)]
-    for path, task in zip(paths, tasks, strict=True):
-        folder.begin(path, task.experiment, resume=command.resume)
-    config = to_json(dataclasses.replace(command.experiment))
-    folder.write_atomically(command.out / folder.CONFIG, config)
-    return list(paths)
+    names = [folder_name(i, point.changes) for i, point in enumerate(todo)]
+    folder.begin(command.out, command.experiment, names, resume=command.resume)
+    for name, task in zip(names, tasks, strict=True):
+        folder.begin(command.out / name, task.experiment, resume=command.resume)
+    return [command.out / name for name in names]
 
 
 def _label(point: Point) -> str:
