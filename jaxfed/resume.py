@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed import checkpoint, folder
+from jaxfed import checkpoint, distributed, folder
 from jaxfed.algorithm import State
 from jaxfed.experiment import ConfigError, Experiment
 from jaxfed.prepare import Task, precision
@@ -88,7 +88,10 @@ def find_start(tasks: Sequence[Task], paths: Sequence[Path | None], *, resume: b
 
 @contextlib.contextmanager
 def listening() -> Iterator[Callable[[], int]]:
-    """Notes SIGINT and SIGTERM instead of dying in the middle of a round; the second one kills."""
+    """Notes SIGINT and SIGTERM instead of dying in the middle of a round; the second one kills.
+
+    What it gives is asked by all processes together, and tells each what any of them has caught.
+    """
     caught: list[int] = []
 
     def note(number: int, _: Any) -> None:
@@ -97,7 +100,7 @@ def listening() -> Iterator[Callable[[], int]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: caught[0] if caught else 0
+        yield lambda: distributed.largest(caught[0] if caught else 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

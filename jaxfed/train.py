@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, manual, report, saved, screen
+from jaxfed import distributed, folder, manual, report, saved, screen
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json
 from jaxfed.prepare import Task, prepare
@@ -47,6 +47,8 @@ class Command:
     """Print how many images of each class every client holds, and stop."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Print the datasets, partitions, models, optimizers and algorithms there are, and stop."""
+    distributed: str | None = None
+    """One of several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,PROCESSES,NUMBER."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -109,6 +111,23 @@ def train(command: Command, console: Console) -> int:
     Raises:
       ConfigError, DataError: for bad input.
     """
+    todo, tasks = distributed.agreed(lambda: _prepare(command, console))
+    if command.labels:
+        first = tasks[0]
+        table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
+        console.print(format_label_table(table), highlight=False, soft_wrap=True)
+        return 0
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> list[Path | None]:
+            if command.out and distributed.leads():
+                stack.enter_context(folder.locked(command.out))
+            return _folders(command, todo, tasks)
+
+        return _run(command, console, todo, tasks, distributed.agreed(opened))
+
+
+def _prepare(command: Command, console: Console) -> tuple[list[Point], list[Task]]:
     if command.resume and command.out is None:
         raise ConfigError("--resume: got no --out, expected the folder of the run to go on with")
     if command.checkpoint_every is not None and command.checkpoint_every < 1:
@@ -122,18 +141,19 @@ def train(command: Command, console: Console) -> int:
         )
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
-        tasks = _prepare_all(todo, progress)
-    if command.labels:
-        first = tasks[0]
-        table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
-        console.print(format_label_table(table), highlight=False, soft_wrap=True)
-        return 0
-    with folder.locked(command.out) if command.out else contextlib.nullcontext():
-        return _run(command, console, todo, tasks)
+        return todo, _prepare_all(todo, progress)
 
 
-def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Sequence[Task]) -> int:
-    folders = _folders(command, todo, tasks)
+def _run(
+    command: Command,
+    console: Console,
+    todo: Sequence[Point],
+    tasks: Sequence[Task],
+    folders: Sequence[Path | None],
+) -> int:
+    # All processes read; what the others are not to write, they have no path for.
+    leads = distributed.leads()
+    out = command.out if leads else None
     groups = programs([task.experiment for task in tasks])
     screen.header(console, tasks[0], len(todo), len(groups))
     total = sum(tasks[group[0]].experiment.rounds for group in groups)
@@ -151,7 +171,13 @@ def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Seque
                 done += rounds
                 continue
             update(done, None)
-            start = find_start(members, homes, resume=command.resume)
+            start = distributed.agreed(
+                lambda members=members, homes=homes: find_start(
+                    members, homes, resume=command.resume
+                )
+            )
+            distributed.same(start.round, "--out", "saved states of rounds")
+            homes = homes if leads else [None] * len(homes)
             program = compile_tasks(members, command.checkpoint_every, start.round)
 
             def on_rounds(rows: list[dict[str, Any]], before: int = done) -> None:
@@ -164,25 +190,27 @@ def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Seque
                 group, outcome.histories, outcome.summaries, strict=True
             ):
                 outcomes[i] = (history, summary)
-            if command.out:
+            if command.out:  # all processes compute, one writes
                 for i, final in zip(group, finish(program, outcome.state), strict=True):
                     path, (history, summary) = folders[i], outcomes[i]
-                    assert path is not None
-                    write_results(path, tasks[i], history, summary, final)
+                    if leads and path:
+                        write_results(path, tasks[i], history, summary, final)
             caught = outcome.signal
             if caught:
                 break
     ended = [(i, *outcomes[i]) for i in sorted(outcomes)]
     rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in ended]
-    if command.out and command.sweep:
+    if out and command.sweep:
         runs = [
             report.SweepPoint(todo[i].changes, tasks[i].experiment, history, summary)
             for i, history, summary in ended
         ]
-        write_sweep(command.out, command.experiment, runs)
+        write_sweep(out, command.experiment, runs)
     screen.results(console, rows)
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
+    if caught and not leads:
+        return 128 + caught
     if caught:
         saved = (
             f"state saved, go on with --out {command.out} --resume"
@@ -192,7 +220,7 @@ def _run(command: Command, console: Console, todo: Sequence[Point], tasks: Seque
         print(f"jaxfed: interrupted after round {ended[-1][2]['rounds']}; {saved}", file=sys.stderr)
         return 128 + caught
     failed = [i for i, history, _ in ended if diverged(history)]
-    for i in failed:
+    for i in failed if leads else ():
         history = outcomes[i][0]
         print(
             f"jaxfed: {_label(todo[i])}: the loss is not finite after round "
@@ -221,10 +249,14 @@ def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None
 def _folders(command: Command, todo: Sequence[Point], tasks: Sequence[Task]) -> list[Path | None]:
     if command.out is None:
         return [None] * len(todo)
+    leads = distributed.leads()
     if not command.sweep:
-        folder.begin(command.out, tasks[0].experiment, resume=command.resume)
+        if leads:
+            folder.begin(command.out, tasks[0].experiment, resume=command.resume)
         return [command.out]
     names = [folder_name(i, point.changes) for i, point in enumerate(todo)]
+    if not leads:
+        return [command.out / name for name in names]
     folder.begin(command.out, command.experiment, names, resume=command.resume)
     for name, task in zip(names, tasks, strict=True):
         folder.begin(command.out / name, task.experiment, resume=command.resume)
@@ -257,7 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 manual.help_text(command, width) if asks_help else manual.list_text(width), end=""
             )
             return 0
-        return train(command, Console(quiet=command.quiet))
+        distributed.start(command.distributed)
+        code = train(command, Console(quiet=command.quiet or not distributed.leads()))
+        distributed.stop()
+        return code
+    except distributed.ElsewhereError:
+        return 2
     except (ConfigError, DataError) as error:
         print(f"jaxfed: {error}", file=sys.stderr)
         return 2
@@ -273,4 +310,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main)

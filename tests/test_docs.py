@@ -38,7 +38,7 @@ def test_library_examples(capsys):
     assert train > 0.7
 
 
-@pytest.mark.parametrize("page", ["batchnorm", "extending"])
+@pytest.mark.parametrize("page", ["batchnorm", "extending", "scaling"])
 def test_pages_print_what_they_show(page, tmp_path, monkeypatch, capsys):
     """A block of Python, and what it prints in the block of text after it."""
     monkeypatch.chdir(tmp_path)

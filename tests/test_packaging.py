@@ -56,9 +56,9 @@ def test_everything_imported_is_declared():
 def test_imports_point_one_way():
     """A file never imports one to its right, and the data layer never imports JAX."""
     order = [
-        "experiment", "model", "models", "data", "optimizers", "plan", "client", "aggregate",
-        "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep", "folder",
-        "checkpoint", "saved", "report", "screen", "manual", "resume", "train",
+        "experiment", "distributed", "model", "models", "data", "optimizers", "plan", "client",
+        "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep",
+        "folder", "checkpoint", "saved", "report", "screen", "manual", "resume", "train",
     ]  # fmt: skip
     for path in (ROOT / "jaxfed").rglob("*.py"):
         inside = path.relative_to(ROOT / "jaxfed").with_suffix("").parts[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.topology import MOVES, ONE, OUT, TOPOLOGIES, Topology, gap, moved, run
+from benchmarks.topology import MOVES, ONE, OUT, ROOT, TOPOLOGIES, Topology, gap, moved, run
 
 # In float64 the sums over clients, taken in another order, differ in the last digits; four rounds
 # of training multiply that. A client that is lost or counted twice gives 1e-2.
@@ -47,3 +47,14 @@ def test_the_committed_table_holds_every_topology_within_the_limits():
     assert len(rows) == 2 * (len(TOPOLOGIES) + len(MOVES) + 1)
     for row in rows:
         assert max(row["weights"] or 0.0, row["metrics"]) <= LIMIT[row["dtype"]], row
+
+
+def test_the_doc_shows_the_committed_table():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    table: dict[tuple[str, str], list[str]] = {}
+    for row in json.loads(OUT.read_text())["rows"]:
+        cells = table.setdefault((row["topology"], row["batch_stats"]), [])
+        cells.append("" if row["weights"] is None else f"{row['weights']:.0e}")
+        cells.append(f"{row['metrics']:.0e}")
+    for (topology, policy), cells in table.items():
+        assert f"| {topology} | `{policy}` | {' | '.join(cells)} |" in page
