@@ -79,6 +79,8 @@ class RoundMetrics(NamedTuple):
     """Clients whose update was not finite."""
     delta_norm: Float[Array, ""]
     """Norm of the averaged update."""
+    finite: Bool[Array, ""]
+    """False if the round would have given weights that are not finite; the state is as it was."""
     clients: ClientReport
 
 
@@ -146,7 +148,7 @@ def fedavg(
 
     Returns:
       A `FedAlgorithm`. A client whose update is not finite is dropped and counted; if none is
-      left, the round changes nothing.
+      left, or if the server's own step is not finite, the round changes nothing.
 
     References:
       McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
@@ -282,7 +284,8 @@ def averaging(
             stats = bn.from_moments(stats) if batch_stats == "pooled" else stats
         new = State(Variables(params, stats), opt_state, None)
         old = State(state.variables, state.opt_state, None)
-        new = jax.tree.map(lambda n, o: jnp.where(some, n.astype(o.dtype), o), new, old)
+        finite = all_finite(new.variables) | ~some
+        new = jax.tree.map(lambda n, o: jnp.where(some & finite, n.astype(o.dtype), o), new, old)
         if keeps_own:
             # An empty seat, -1, writes nowhere.
             seats = jnp.where(plan.clients < 0, population, plan.clients)
@@ -290,7 +293,7 @@ def averaging(
                 lambda all_, mine: all_.at[seats].set(mine, mode="drop"), state.own, own
             )
             new = new._replace(own=own)
-        return new, _round_metrics(total, reports, norm(delta))
+        return new, _round_metrics(total, reports, norm(delta), finite)
 
     return FedAlgorithm(init, round_)
 
@@ -320,15 +323,15 @@ def central(
         )
         delta = jax.tree.map(jnp.subtract, state.variables.params, variables.params)
         update = ClientUpdate(delta, variables.stats, *report)
-        finite = all_finite(delta)
         new = State(variables, opt_state, None)
+        finite = all_finite((delta, variables))
         # A diverged run stays where it was last finite, and says so.
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
         counts = [jnp.where(finite, count, 0) for count in report]
         dropped = (~finite).astype(jnp.int32)
         total = _Summands(jnp.ones(()), None, None, *counts, dropped=dropped)
         reports = jax.tree.map(lambda leaf: leaf[None], _client_report(update, finite))
-        return new, _round_metrics(total, reports, norm(delta))
+        return new, _round_metrics(total, reports, norm(delta), finite)
 
     return FedAlgorithm(init, round_)
 
@@ -344,12 +347,15 @@ def _client_report(update: ClientUpdate, finite: Array) -> ClientReport:
     )
 
 
-def _round_metrics(total: _Summands, reports: ClientReport, delta_norm: Array) -> RoundMetrics:
+def _round_metrics(
+    total: _Summands, reports: ClientReport, delta_norm: Array, finite: Array
+) -> RoundMetrics:
     return RoundMetrics(
         train_loss=total.loss_sum / total.num_examples,
         train_accuracy=total.correct / total.num_examples,
         num_examples=total.num_examples,
         dropped=total.dropped,
         delta_norm=delta_norm,
+        finite=finite,
         clients=reports,
     )
