@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, manual, report, saved, screen
+from jaxfed import folder, manual, report, saved, screen, tensorboard
 from jaxfed.algorithm import State
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
@@ -47,6 +47,8 @@ class Command:
     """Go on with the run that is in --out."""
     checkpoint_every: int | None = None
     """Save the state every so many rounds (default: at the end, and when interrupted)."""
+    tensorboard: bool = False
+    """Also write the rounds to OUT/tensorboard as they come (needs the extra tensorboard)."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -118,6 +120,7 @@ def run_program(
     *,
     resume: bool,
     checkpoint_every: int | None,
+    boards: bool,
 ) -> Outcome:
     """Runs all points of one program, writing their rounds as they come.
 
@@ -128,6 +131,7 @@ def run_program(
       on_rounds: called with the rows of the first point after every dispatch.
       resume: go on from the newest checkpoint.
       checkpoint_every: rounds between checkpoints.
+      boards: also write TensorBoard's files.
     """
     tasks = program.tasks
     histories: list[list[dict[str, Any]]] = [[] for _ in tasks]
@@ -143,13 +147,23 @@ def run_program(
                 folder.rewrite_rows(path, histories[point])
         if last_round:
             on_rounds(histories[0])
+        adders = [
+            stack.enter_context(tensorboard.board(path)) if boards and path else None
+            for path in folders
+        ]
+        for add, history in zip(adders, histories, strict=True):
+            if add:
+                add(history)
         stop = stack.enter_context(listening())
         for segment in segments(program, state, last_round + 1):
             last_round, state = segment.rows[0][-1]["round"], segment.state
-            for history, rows, path in zip(histories, segment.rows, folders, strict=True):
+            pairs = zip(histories, segment.rows, folders, adders, strict=True)
+            for history, rows, path, add in pairs:
                 history.extend(rows)
                 if path:
                     folder.append_rows(path, rows)
+                if add:
+                    add(rows)
             spent["train_seconds"] += segment.train_seconds
             spent["evaluate_seconds"] += segment.evaluate_seconds
             on_rounds(segment.rows[0])
@@ -213,6 +227,10 @@ def train(command: Command, console: Console) -> int:
         raise ConfigError(f"--checkpoint_every: got {command.checkpoint_every}, expected 1 or more")
     if command.checkpoint_every and command.out is None:
         raise ConfigError("--checkpoint_every: got no --out, expected a folder to save in")
+    if command.tensorboard:
+        tensorboard.require()
+        if command.out is None:
+            raise ConfigError("--tensorboard: got no --out, expected a folder to write in")
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
         tasks = _prepare_all(todo, progress)
@@ -243,6 +261,7 @@ def train(command: Command, console: Console) -> int:
             outcome = run_program(
                 program, home, [folders[i] for i in group], on_rounds,
                 resume=command.resume, checkpoint_every=command.checkpoint_every,
+                boards=command.tensorboard,
             )  # fmt: skip
             done += members[0].experiment.rounds
             for i, history, summary in zip(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks.topology import ROOT, TOPOLOGIES, Topology, difference, run
+from jaxfed import load_run
 
 # In float64 the sums over clients, taken in another order, differ in the last digits; three rounds
 # of training multiply that. A client that is lost or counted twice gives 1e-2.
@@ -58,3 +59,7 @@ def test_a_checkpoint_of_one_topology_is_resumed_on_another(tmp_path):
             assert [row[key] for row in rows] == pytest.approx(
                 [row[key] for row in whole], rel=1e-12
             )
+    # What is measured at the end, on each client's images, by one device and by four.
+    one, four = (load_run(tmp_path / name).clients for name in ("whole", "back"))
+    for key in ("images", "accuracy", "loss"):
+        assert [row[key] for row in four] == pytest.approx([row[key] for row in one], abs=1e-6)
