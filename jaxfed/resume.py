@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed import checkpoint, distributed, folder
+from jaxfed import checkpoint, distributed, folder, tensorboard
 from jaxfed.algorithm import State
 from jaxfed.experiment import ConfigError, Experiment
 from jaxfed.prepare import Task, precision
@@ -114,6 +114,7 @@ def run_program(
     paths: Sequence[Path | None],
     on_rounds: Callable[[list[dict[str, Any]]], None],
     checkpoint_every: int | None,
+    boards: bool,
 ) -> Outcome:
     """Runs all points of one program, writing their rounds as they come.
 
@@ -123,6 +124,7 @@ def run_program(
       paths: a folder for each point, or None.
       on_rounds: called with the rows of the first point after every dispatch.
       checkpoint_every: rounds between checkpoints; None for every minute.
+      boards: also write TensorBoard's files.
     """
     tasks, histories = program.tasks, [list(history) for history in start.histories]
     spent = dict(start.spent)
@@ -148,13 +150,25 @@ def run_program(
             folder.rewrite_rows(path, history)
     if number:
         on_rounds(histories[0])
-    with listening() as stop:
+    with contextlib.ExitStack() as stack:
+        adders = [
+            stack.enter_context(tensorboard.board(path)) if boards and path else None
+            for path in paths
+        ]
+        for add, history in zip(adders, histories, strict=True):
+            if add:
+                add(history)
+        stop = stack.enter_context(listening())
         for segment in segments(program, state, histories, number):
             number, state = segment.last_round, segment.state
-            for history, rows, path in zip(histories, segment.rows, paths, strict=True):
+            for history, rows, path, add in zip(
+                histories, segment.rows, paths, adders, strict=True
+            ):
                 history.extend(rows)
                 if path:
                     folder.append_rows(path, rows)
+                if add:
+                    add(rows)
             spent["train_seconds"] += segment.train_seconds
             spent["evaluate_seconds"] += segment.evaluate_seconds
             on_rounds(segment.rows[0])

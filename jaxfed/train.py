@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from jaxfed import distributed, folder, manual, report, saved, screen
+from jaxfed import distributed, folder, manual, report, saved, screen, tensorboard
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json
 from jaxfed.prepare import Task, prepare
@@ -43,6 +43,8 @@ class Command:
     """Go on with the run that is in --out."""
     checkpoint_every: int | None = None
     """Save the state every so many rounds (default: every minute); always at the end."""
+    tensorboard: bool = False
+    """Also write the rounds to OUT/tensorboard as they come (needs the extra tensorboard)."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -139,6 +141,10 @@ def _prepare(command: Command, console: Console) -> tuple[list[Point], list[Task
             f"--resume: got --out {str(command.out)!r}, which holds no run; leave --resume out to "
             "start one"
         )
+    if command.tensorboard:
+        tensorboard.require()
+        if command.out is None:
+            raise ConfigError("--tensorboard: got no --out, expected a folder to write in")
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
         return todo, _prepare_all(todo, progress)
@@ -184,7 +190,9 @@ def _run(
                 for row in rows:
                     update(before + row["round"], row)
 
-            outcome = run_program(program, start, homes, on_rounds, command.checkpoint_every)
+            outcome = run_program(
+                program, start, homes, on_rounds, command.checkpoint_every, command.tensorboard
+            )
             done += rounds
             for i, history, summary in zip(
                 group, outcome.histories, outcome.summaries, strict=True

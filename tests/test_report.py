@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxfed import load_run, report
+from jaxfed.experiment import override
 from jaxfed.report.charts import MOST_POINTS, Series, line_chart, ticks
 from jaxfed.report.of_run import worst
 from jaxfed.train import main, parse
@@ -126,6 +127,27 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path):
     assert main([*QUICK, *flags]) == 1
     page = (out / "report.html").read_text()
     assert not re.search(r"\bnan\b|\binf\b", page)
+
+
+def test_what_cannot_be_shown_is_said(run_folder):
+    run = load_run(run_folder)
+    many = [{**run.clients[0], "client": k} for k in range(200)]
+    many[0]["accuracy"] = None
+    page = report.run_page(run._replace(clients=many))
+    assert "the first 50 of 200 clients" in page
+    assert "1 client(s) without images or training left out" in page
+    central = override(run.experiment, {"algorithm": "central", "model.batch_stats": "mean"})
+    page = report.run_page(run._replace(experiment=central))
+    assert "Agreement" not in page
+    assert "mean: weighted mean of the clients" in page
+    local = override(run.experiment, {"model.batch_stats": "local"})
+    assert "Accuracy of each client&#x27;s own network" in report.run_page(
+        run._replace(experiment=local)
+    )
+    dropped = [{**row, "dropped_clients": 2 * (row["round"] == 3)} for row in run.history]
+    page = report.run_page(run._replace(history=dropped))
+    assert "2 client update(s) were not finite" in page
+    assert "round 3 (2)" in page
 
 
 def test_long_runs_keep_their_last_point():

@@ -1,10 +1,15 @@
 """Clients spread over devices and processes: the same numbers, to rounding."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks.topology import MOVES, ONE, OUT, ROOT, TOPOLOGIES, Topology, gap, moved, run
+from benchmarks.topology import (
+    MOVES, ONE, OUT, ROOT, SETTING, TOPOLOGIES, Topology, environment, gap, moved, run,
+)  # fmt: skip
+from jaxfed import load_run
 
 # In float64 the sums over clients, taken in another order, differ in the last digits; four rounds
 # of training multiply that. A client that is lost or counted twice gives 1e-2.
@@ -40,6 +45,23 @@ def test_a_checkpoint_of_one_topology_is_resumed_on_another(one_device, begin, e
     rounds = moved(begin, end, "recalibrate", "float64")
     assert [row["round"] for row in rounds[1]] == [1, 2, 3, 4]
     assert gap(one_device["recalibrate"], rounds).metrics <= LIMIT["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("topology")
+def test_clients_are_scored_alike_at_the_end(tmp_path):
+    flags = [f"--{key}={value}" for key, value in {**SETTING, "dtype": "float64"}.items()]
+    found = []
+    for devices in (1, 4):
+        out = tmp_path / f"{devices}"
+        subprocess.run(
+            [sys.executable, "-m", "jaxfed.train", "--quiet", "--out", out, *flags],
+            check=True, cwd=ROOT, env=environment(devices), timeout=300,
+        )  # fmt: skip
+        found.append(load_run(out).clients)
+    one, four = found
+    for key in ("images", "accuracy", "loss"):
+        assert [row[key] for row in four] == pytest.approx([row[key] for row in one], abs=1e-6)
 
 
 def test_the_committed_table_holds_every_topology_within_the_limits():
