@@ -7,7 +7,17 @@ import sys
 import pytest
 
 from benchmarks.topology import (
-    MOVES, ONE, OUT, ROOT, SETTING, TOPOLOGIES, Topology, environment, gap, moved, run,
+    MOVES,
+    ONE,
+    OUT,
+    ROOT,
+    SETTING,
+    TOPOLOGIES,
+    Topology,
+    environment,
+    gap,
+    moved,
+    run,
 )  # fmt: skip
 from jaxfed import load_run
 
