@@ -18,6 +18,8 @@ from jaxfed.experiment import WITH_MOMENTUM, ConfigError, Experiment, validate
 from jaxfed.model import Model, Variables, count_parameters, from_nnx
 from jaxfed.plan import Schedule, make_schedule
 
+MAX_PARAMETERS = MAX_VISITS = 2**31 - 1
+
 
 class Task(NamedTuple):
     """An experiment with everything it needs, checked, before anything is compiled."""
@@ -89,6 +91,12 @@ def prepare(
             model = from_nnx(build)
     with precision(experiment):
         shapes = jax.eval_shape(model.init, jax.random.key(0))
+    parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"--model.width: got {experiment.model.width}, which makes {parameters} parameters, "
+            f"expected at most {MAX_PARAMETERS}; take a smaller one"
+        )
     experiment = _resolve(experiment, partition, norm, shapes)
     client = experiment.client
     schedule = make_schedule(
@@ -96,7 +104,14 @@ def prepare(
         epochs=client.epochs or 1, batch_size=client.batch_size, shuffle=client.shuffle,
         pooled=experiment.algorithm == "central",
     )  # fmt: skip
-    parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
+    visits = (
+        schedule.steps * schedule.batch * (1 if schedule.pooled else schedule.clients_per_round)
+    )
+    if visits > MAX_VISITS:
+        raise ConfigError(
+            f"--client.epochs: got {client.epochs}, which makes {visits} visits of images a round, "
+            f"expected at most {MAX_VISITS}; take fewer epochs or a smaller cohort"
+        )
     return Task(experiment, dataset, partition, schedule, model, parameters, statistics)
 
 
