@@ -340,27 +340,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _carried_out(sys.argv[1:] if arguments is None else arguments)
     except distributed.ElsewhereError:
-        return 2
+        code, line = 2, ""
     except (ConfigError, DataError) as error:
-        print(f"jaxfed: {error}", file=sys.stderr)
-        return 2
+        code, line = 2, f"{error}"
     except KeyboardInterrupt:
-        print("jaxfed: interrupted before the first round; nothing to save", file=sys.stderr)
-        return 130
+        code, line = 130, "interrupted before the first round; nothing to save"
     except BrokenPipeError:  # the reader of our output, head perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code, line = 1, ""
     except MemoryError as error:
-        print(f"jaxfed: not enough memory ({error}); take smaller images or less", file=sys.stderr)
-        return 1
+        code, line = 1, f"not enough memory ({error}); take smaller images or less"
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"jaxfed: {error.strerror or error}{where}; the files written before are whole: mend "
-            "that and go on with --resume",
-            file=sys.stderr,
+        code = 1
+        line = (
+            f"{error.strerror or error}{where}; the files written before are whole: mend that and "
+            "go on with --resume"
         )
-        return 1
+    if line:
+        print(f"jaxfed: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
