@@ -98,7 +98,7 @@ FLAGS = [
     ("--model.width 1000000", "--model.width: got 1000000.0, which makes"),
     ("--model.name logistic --model.width 0.5", "got logistic with width 0.5"),
     ("--model.norm batchnorm", "--model.norm: got 'batchnorm', expected batch, group, layer, none"),
-    ("--model.batch_stats mean", "--model.batch_stats: got mean, but cnn has no BatchNorm"),
+    ("--model.batch_stats mean", "--model.batch_stats: got mean, but the network has no BatchNorm"),
     ("--model.norm group --model.batch_stats mean", "which keeps no statistics"),
     ("--model.norm batch --model.batch_stats average", "got 'average', expected frozen, mean,"),
     ("--config", "Missing value for argument '--config'"),
