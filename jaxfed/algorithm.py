@@ -79,6 +79,8 @@ class RoundMetrics(NamedTuple):
     """Clients whose update was not finite."""
     delta_norm: Float[Array, ""]
     """Norm of the averaged update."""
+    finite: Bool[Array, ""]
+    """False if the round would have given weights that are not finite; the state is as it was."""
     clients: ClientReport
 
 
@@ -142,7 +144,7 @@ def fedavg(
 
     Returns:
       A `FedAlgorithm`. A client whose update is not finite is dropped and counted; if none is
-      left, the round changes nothing.
+      left, or if the server's own step is not finite, the round changes nothing.
 
     References:
       McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
@@ -272,7 +274,8 @@ def averaging(
             stats = bn.from_moments(stats) if batch_stats == "pooled" else stats
         new = State(Variables(params, stats), opt_state, None)
         old = State(state.variables, state.opt_state, None)
-        new = jax.tree.map(lambda n, o: jnp.where(some, n.astype(o.dtype), o), new, old)
+        finite = all_finite(new.variables) | ~some
+        new = jax.tree.map(lambda n, o: jnp.where(some & finite, n.astype(o.dtype), o), new, old)
         if keeps_own:
             # An empty seat, -1, writes nowhere.
             seats = jnp.where(plan.clients < 0, population, plan.clients)
@@ -280,7 +283,7 @@ def averaging(
                 lambda all_, mine: all_.at[seats].set(mine, mode="drop"), state.own, own
             )
             new = new._replace(own=own)
-        return new, round_metrics(reports, delta)
+        return new, round_metrics(reports, delta, finite)
 
     return FedAlgorithm(init, round_)
 
@@ -310,12 +313,12 @@ def central(
         )
         delta = jax.tree.map(jnp.subtract, state.variables.params, variables.params)
         update = ClientUpdate(delta, variables.stats, *report)
-        finite = all_finite(delta)
         new = State(variables, opt_state, None)
+        finite = all_finite((delta, variables))
         # A diverged run stays where it was last finite, and says so.
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
         reports = jax.tree.map(lambda leaf: leaf[None], client_report(update, finite))
-        return new, round_metrics(reports, delta)
+        return new, round_metrics(reports, delta, finite)
 
     return FedAlgorithm(init, round_)
 
@@ -332,8 +335,14 @@ def client_report(update: ClientUpdate, finite: Bool[Array, ""]) -> ClientReport
     )
 
 
-def round_metrics(clients: ClientReport, delta: Tree) -> RoundMetrics:
-    """What is reported of a round: the reports of its clients, and the averaged update."""
+def round_metrics(clients: ClientReport, delta: Tree, finite: Bool[Array, ""]) -> RoundMetrics:
+    """What is reported of a round.
+
+    Args:
+      clients: their reports.
+      delta: the averaged update.
+      finite: whether it made weights that are.
+    """
     # TFF: FedProx and FedSGD also add up the training metrics of the clients they drop.
     counted = (clients.num_examples > 0) & ~clients.dropped
     num_examples = jnp.where(counted, clients.num_examples, 0)
@@ -347,5 +356,6 @@ def round_metrics(clients: ClientReport, delta: Tree) -> RoundMetrics:
         num_examples=num_examples.sum(),
         dropped=clients.dropped.sum(dtype=jnp.int32),
         delta_norm=norm(delta),
+        finite=finite,
         clients=clients,
     )

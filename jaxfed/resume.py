@@ -56,9 +56,11 @@ def finished(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     """History and summary of a run that has nothing left to do, or None."""
     summary = folder.read_summary(path) if path else None
-    if path is None or summary is None or summary.get("rounds") != experiment.rounds:
+    if path is None or summary is None:
         return None
-    return folder.read_rows(path), summary
+    if summary.get("rounds") == experiment.rounds or summary.get("diverged_in_round"):
+        return folder.read_rows(path), summary
+    return None
 
 
 def find_start(tasks: Sequence[Task], paths: Sequence[Path | None], *, resume: bool) -> Start:
@@ -74,7 +76,7 @@ def find_start(tasks: Sequence[Task], paths: Sequence[Path | None], *, resume: b
     number, saved = found
     histories = [folder.read_rows(home)[:number] for home in homes]
     for home, history in zip(homes, histories, strict=True):
-        if len(history) < number:
+        if len(history) < number and not (history and history[-1]["diverged"]):
             raise ConfigError(
                 f"--resume: {home / folder.METRICS} holds {len(history)} rounds, expected "
                 f"{number}, as many as the saved state; put it back, or name another --out"
@@ -133,11 +135,11 @@ def run_program(
 
     def save() -> None:
         host = jax.device_get(state)
-        notes = {**spent, "seconds": spent["seconds"] + time.perf_counter() - began}
+        so_far = {**spent, "seconds": spent["seconds"] + time.perf_counter() - began}
         for point, path in enumerate(paths):
             if path:
                 mine = jax.tree.map(lambda leaf, point=point: leaf[point], host)
-                checkpoint.save(path, number, mine, notes)
+                checkpoint.save(path, number, mine, so_far)
 
     for path, history in zip(paths, histories, strict=True):
         if path:
@@ -145,8 +147,8 @@ def run_program(
     if number:
         on_rounds(histories[0])
     with listening() as stop:
-        for segment in segments(program, state, number + 1):
-            number, state = segment.rows[0][-1]["round"], segment.state
+        for segment in segments(program, state, histories, number):
+            number, state = segment.last_round, segment.state
             for history, rows, path in zip(histories, segment.rows, paths, strict=True):
                 history.extend(rows)
                 if path:
@@ -161,7 +163,7 @@ def run_program(
             if due:
                 save()
                 saved, last_save = number, time.perf_counter()
-            if stop() or all(diverged(history) for history in histories):
+            if stop():
                 break
         if number > saved:
             save()
@@ -169,9 +171,3 @@ def run_program(
     spent["seconds"] += time.perf_counter() - began
     pairs = zip(tasks, histories, strict=True)
     return Outcome(histories, [summarize(task, history, spent) for task, history in pairs], caught)
-
-
-def diverged(history: list[dict[str, Any]]) -> bool:
-    """True if the newest evaluation gave no number."""
-    tested = [row for row in history if row["test_accuracy"] is not None]
-    return bool(tested) and tested[-1]["test_loss"] is None

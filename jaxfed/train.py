@@ -22,7 +22,7 @@ from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, from_json
 from jaxfed.prepare import Task, prepare
 from jaxfed.program import compile_tasks
-from jaxfed.resume import diverged, find_start, finished, run_program
+from jaxfed.resume import find_start, finished, run_program
 from jaxfed.run import name_of
 from jaxfed.sweep import Point, folder_name, points, programs
 
@@ -193,6 +193,9 @@ def _run(
         page = report.report_html("sweep", curves, rows, tasks[0].experiment)
         folder.write_atomically(out / "report.html", page)
     screen.results(console, rows)
+    for i, history, _ in ended:
+        for line in _dropped(_label(todo[i]), history):
+            console.print(line, highlight=False)
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
     if caught and not leads:
@@ -205,15 +208,33 @@ def _run(
         )
         print(f"jaxfed: interrupted after round {ended[-1][2]['rounds']}; {saved}", file=sys.stderr)
         return 128 + caught
-    failed = [i for i, history, _ in ended if diverged(history)]
-    for i in failed if leads else ():
-        history = outcomes[i][0]
+    failed = [(i, history[-1], summary) for i, history, summary in ended if _failed(summary)]
+    for i, row, summary in failed if leads else ():
         print(
-            f"jaxfed: {_label(todo[i])}: the loss is not finite after round "
-            f"{history[-1]['round']}; lower --client.lr or --server.lr",
+            f"jaxfed: {_label(todo[i])}: diverged in round {row['round']}: {row['diverged']}; the "
+            f"weights of round {summary['weights_of_round']} are kept; lower --client.lr or "
+            "--server.lr, or look at the data",
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _failed(summary: dict[str, Any]) -> bool:
+    return summary["diverged_in_round"] is not None
+
+
+def _dropped(label: str, history: list[dict[str, Any]]) -> list[str]:
+    """What is to be said of clients whose updates were not finite: at most a line."""
+    rounds = [row["round"] for row in history if row["dropped_clients"]]
+    if not rounds:
+        return []
+    clients = sum(row["dropped_clients"] for row in history)
+    empty = sum(row["dropped_clients"] > 0 and row["num_examples"] == 0 for row in history)
+    unchanged = f"; {empty} of them had no other and changed nothing" if empty else ""
+    return [
+        f"{label}: {clients} client update(s) were not finite and were dropped, in "
+        f"{len(rounds)} round(s), first in round {rounds[0]}{unchanged}"
+    ]
 
 
 def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None]) -> list[Task]:
