@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -20,6 +21,8 @@ CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
     "checkpoints",
 )
 LOCK, TEMPORARY = ".lock", ".tmp"
+NOT_THE_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Reasons for which no file can be written, whatever it is called."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -57,9 +60,12 @@ def locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except (FileExistsError, NotADirectoryError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and error.errno in NOT_THE_NAME:
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--out: got {str(path)!r}, expected a folder or a new name ({error.strerror})"
+            f"--out: got {str(path)!r}, expected a folder or a new name ({reason})"
         ) from None
     try:
         try:

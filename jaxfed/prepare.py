@@ -20,6 +20,8 @@ from jaxfed.experiment import WITH_MOMENTUM, ConfigError, Experiment, validate
 from jaxfed.model import Model, Variables, count_parameters, from_nnx
 from jaxfed.plan import Schedule, make_schedule
 
+MAX_PARAMETERS = MAX_VISITS = 2**31 - 1
+
 MakeAlgorithm = Callable[[Model, Mesh | None], FedAlgorithm]
 """`(model, mesh) -> algorithm`; the mesh is what `map_sum` takes."""
 
@@ -104,6 +106,12 @@ def prepare(
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         if own:
             _check_model(model, shapes, dataset, compute_dtype(experiment))
+    parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"--model.width: got {experiment.model.width}, which makes {parameters} parameters, "
+            f"expected at most {MAX_PARAMETERS}; take a smaller one"
+        )
     experiment = _resolve(experiment, partition, norm, shapes)
     if not experiment.name and (own or algorithm or dataset.name != config.dataset):
         name = f"{dataset.name} {config.partition}"
@@ -116,7 +124,14 @@ def prepare(
         epochs=client.epochs or 1, batch_size=client.batch_size, shuffle=client.shuffle,
         pooled=experiment.algorithm == "central",
     )  # fmt: skip
-    parameters, statistics = count_parameters(shapes.params), count_parameters(shapes.stats)
+    visits = (
+        schedule.steps * schedule.batch * (1 if schedule.pooled else schedule.clients_per_round)
+    )
+    if visits > MAX_VISITS:
+        raise ConfigError(
+            f"--client.epochs: got {client.epochs}, which makes {visits} visits of images a round, "
+            f"expected at most {MAX_VISITS}; take fewer epochs or a smaller cohort"
+        )
     return Task(experiment, dataset, partition, schedule, model, parameters, statistics, algorithm)
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad input; 130 or 143 interrupted, state
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from jaxfed import distributed, folder, report, screen
 from jaxfed.data import DataError, format_label_table, label_table
-from jaxfed.experiment import ConfigError, Experiment, from_json
+from jaxfed.experiment import ConfigError, Experiment, dotted_keys, expected, from_json
 from jaxfed.prepare import Task, prepare
 from jaxfed.program import compile_tasks
 from jaxfed.resume import find_start, finished, run_program
@@ -61,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Command:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="?")
     known, _ = early.parse_known_args(arguments)
-    base = from_json(known.config) if known.config else Experiment()
+    base = Experiment() if known.config is None else from_json(known.config)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -73,10 +74,25 @@ def parse(arguments: Sequence[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-        _, _, text = errors.getvalue().partition("\n")  # the first line is a box's title
-        text = re.sub(r"[╭╮╰╯─│\s]+", " ", text)
-        text = re.sub(r" For full helptext,.*", "", text).strip()
-        raise ConfigError(f"{text}; see python -m jaxfed.train --help") from None
+        raise _refusal(errors.getvalue(), list(arguments)) from None
+
+
+def _refusal(text: str, arguments: list[str]) -> ConfigError:
+    """One line instead of a box."""
+    _, _, text = text.partition("\n")  # the first line is the box's title
+    text = re.sub(r"[╭╮╰╯─│\s]+|-{5,}", " ", text)
+    text = re.sub(r" (Argument helptext:|For full helptext,).*", "", text).strip()
+    flag = next(iter(re.findall(r"--([\w.]+)", text)), "")
+    if flag in dotted_keys() and f"--{flag}" in arguments:
+        given = arguments[arguments.index(f"--{flag}") + 1 :][:1]
+        got = repr(given[0]) if given and not given[0].startswith("--") else "nothing"
+        wanted = expected(flag).replace("true or false", "True or False").replace("null", "None")
+        return ConfigError(f"--{flag}: got {got}, expected {wanted}")
+    if unknown := re.match(r"Unrecognized options: --([\w.-]+)", text):
+        near = difflib.get_close_matches(unknown[1], dotted_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "see python -m jaxfed.train --help"
+        return ConfigError(f"--{unknown[1]}: unknown flag; {hint}")
+    return ConfigError(f"{text}; see python -m jaxfed.train --help")
 
 
 def write_results(
@@ -292,8 +308,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = train(command, Console(quiet=command.quiet or not distributed.leads()))
         distributed.stop()
         return code
-    except distributed.ElsewhereError:
-        return 2
     except (ConfigError, DataError) as error:
         print(f"jaxfed: {error}", file=sys.stderr)
         return 2
@@ -303,8 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, head perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError as error:
+        print(f"jaxfed: not enough memory ({error}); take smaller images or less", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"jaxfed: {error}; the files written before are whole", file=sys.stderr)
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"jaxfed: {error.strerror or error}{where}; the files written before are whole: mend "
+            "that and go on with --resume",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,7 +1,10 @@
 """Runs survive: damaged files, processes that are killed, two at once, a full disk."""
 
 import csv
+import errno
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -382,3 +385,43 @@ def test_a_lock_dies_with_its_process(tmp_path):
     with folder.locked(tmp_path):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+# --- A disk that takes no more --------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_spoils_nothing(whole, tmp_path, capsys):
+    """Files may not grow beyond a size that lies between that of the rows and of a state."""
+    out = tmp_path / "run"
+    interrupted(whole, out, rounds=4)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        assert go_on(out) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert message.startswith("jaxfed: File too large")
+    assert "the files written before are whole" in message
+    assert message.count("\n") == 1
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content)
+    assert {path.name for path in out.rglob("*")} == {
+        path.name for path in (*before, *out.iterdir())
+    }
+    assert go_on(out) == 0
+    assert numbers(out) == numbers(whole)
+    assert state_of(out) == state_of(whole)
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_one_line(reason, tmp_path, capsys, monkeypatch):
+    def mkdir(self, *args, **kwargs):
+        raise OSError(reason, os.strerror(reason), str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", mkdir)
+    assert main([*QUICK, "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"jaxfed: {os.strerror(reason)} ({tmp_path / 'run'}); ")
+    assert message.count("\n") == 1
