@@ -21,8 +21,8 @@ from jaxfed.experiment import ConfigError
 Result = TypeVar("Result")
 
 
-class ElsewhereError(Exception):
-    """Another process failed, and says why."""
+class ElsewhereError(SystemExit):
+    """Another process failed, and says why; this one ends as it does after bad input."""
 
 
 def start(spec: str | None) -> None:
@@ -91,7 +91,7 @@ def agreed(step: Callable[[], Result]) -> Result:
     jax.distributed.shutdown()
     if error and first == mine:
         raise error
-    raise ElsewhereError
+    raise ElsewhereError(2)
 
 
 def same(value: int, flag: str, what: str) -> None:

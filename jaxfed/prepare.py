@@ -20,10 +20,10 @@ from jaxfed.experiment import WITH_MOMENTUM, ConfigError, Experiment, validate
 from jaxfed.model import Model, Variables, count_parameters, from_nnx
 from jaxfed.plan import Schedule, make_schedule
 
+MAX_PARAMETERS = MAX_VISITS = 2**31 - 1
+
 MakeAlgorithm = Callable[[Model, Mesh | None], FedAlgorithm]
 """`(model, mesh) -> algorithm`; the mesh is what `map_sum` takes."""
-
-MAX_PARAMETERS = MAX_VISITS = 2**31 - 1
 
 
 class Task(NamedTuple):

@@ -339,8 +339,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns every foreseen failure into one line and an exit code."""
     try:
         return _carried_out(sys.argv[1:] if arguments is None else arguments)
-    except distributed.ElsewhereError:
-        code, line = 2, ""
     except (ConfigError, DataError) as error:
         code, line = 2, f"{error}"
     except KeyboardInterrupt:

@@ -12,10 +12,10 @@ from benchmarks.topology import ROOT, environment, free_port
 from jaxfed.train import main
 
 FLAGS = [
-    "--model.name", "mlp", "--model.width", "0.25", "--data.num_clients", "5", "--rounds", "100",
+    "--model.name", "mlp", "--model.width", "0.25", "--data.num_clients", "5", "--rounds", "60",
     "--eval_every", "2", "--server.optimizer", "adam", "--server.lr", "0.01", "--dtype", "float64",
 ]  # fmt: skip
-SECONDS = 300
+SECONDS = 600
 METRICS = ("train_loss", "test_loss", "test_accuracy", "num_examples", "delta_norm")
 
 
@@ -74,15 +74,15 @@ def test_interrupted_by_one_process_and_resumed_equals_a_run_of_one(tmp_path):
     assert ended(children) == [143, 143], (said(tmp_path, 0), said(tmp_path, 1))
     assert "go on with" in said(tmp_path, 0)[-1]
     assert said(tmp_path, 1) == []
-    assert 0 < len(rows_of(cut)) < 100
+    assert 0 < len(rows_of(cut)) < 60
     children = start(tmp_path, *FLAGS, "--out", str(cut), "--resume")
     assert ended(children) == [0, 0], (said(tmp_path, 0), said(tmp_path, 1))
     assert said(tmp_path, 1) == []
-    assert [row["round"] for row in rows_of(cut)] == list(range(1, 101))
+    assert [row["round"] for row in rows_of(cut)] == list(range(1, 61))
     for row, expected in zip(rows_of(cut), rows_of(whole), strict=True):
         for key in METRICS:
-            # Adam divides by small second moments: rounding grows over 100 rounds.
-            assert row[key] == pytest.approx(expected[key], rel=1e-9), (row["round"], key)
+            # Sums in another order: up to 9e-16 were measured.
+            assert row[key] == pytest.approx(expected[key], rel=1e-12), (row["round"], key)
 
 
 @pytest.mark.slow
