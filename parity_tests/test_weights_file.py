@@ -32,7 +32,7 @@ def test_a_run_goes_on_in_keras(tff_python, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         subprocess.run(
             [tff_python, "-c", SCRIPT, str(out)],
-            cwd=ROOT, check=True, timeout=300, stdout=log, stderr=log,
+            cwd=ROOT, check=True, timeout=500, stdout=log, stderr=log,
         )  # fmt: skip
     right = np.load(out / "logits.npy").argmax(-1) == digits.y_test
     # One image of 359 may lie between two classes.

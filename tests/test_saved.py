@@ -105,7 +105,7 @@ def test_with_own_layers_every_client_is_scored_by_its_own_network():
 
 def events_of(folder):
     """The scalars of TensorBoard's event file: TFRecords of Event messages."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     (path,) = (folder / "tensorboard").iterdir()
     data, found = path.read_bytes(), {}
