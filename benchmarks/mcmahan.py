@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from jaxfed import train
-from jaxfed.folder import METRICS, SUMMARY, write_json
+from jaxfed.folder import CONFIG, METRICS, SUMMARY, write_json
 
 OUT = Path(__file__).parent.parent / "docs" / "results" / "mcmahan.json"
 TARGET = 0.99
@@ -31,9 +31,10 @@ def main() -> int:
         "--data.dataset mnist --data.num_clients 100 --clients_per_round 10 "
         "--model.name cnn-mcmahan --client.epochs 5 --client.batch_size 10 "
         f"--data.partition {options.partition} --client.lr {options.lr:g} "
-        f"--rounds {options.rounds} --checkpoint_every 1 --resume"
+        f"--rounds {options.rounds} --checkpoint_every 1"
     )
-    if code := train.main([*flags.split(), "--out", str(folder)]):
+    resume = ["--resume"] if (folder / CONFIG).exists() else []
+    if code := train.main([*flags.split(), "--out", str(folder), *resume]):
         return code
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     reached = [row["round"] for row in rows if row["test_accuracy"] >= TARGET]

@@ -23,11 +23,12 @@ from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, make_plan, make_schedule
 from jaxfed.prepare import prepare
 from jaxfed.run import Result, run
+from jaxfed.saved import SavedRun, load_run
 
 __all__ = [
     "ClientConfig", "Cohort", "ConfigError", "DataConfig", "DataError", "Dataset", "Examples",
     "Experiment", "FedAlgorithm", "Model", "ModelConfig", "Partition", "Plan", "Result",
-    "ServerConfig", "State", "Variables", "central", "fedavg", "fedsgd", "from_json",
-    "from_linen", "from_nnx", "load", "local_training", "make_plan", "make_schedule", "map_sum",
-    "optimizer", "partition", "prepare", "run", "score", "to_json",
+    "SavedRun", "ServerConfig", "State", "Variables", "central", "fedavg", "fedsgd", "from_json",
+    "from_linen", "from_nnx", "load", "load_run", "local_training", "make_plan", "make_schedule",
+    "map_sum", "optimizer", "partition", "prepare", "run", "score", "to_json",
 ]  # fmt: skip

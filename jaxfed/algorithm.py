@@ -79,6 +79,8 @@ class RoundMetrics(NamedTuple):
     """Clients whose update was not finite."""
     delta_norm: Float[Array, ""]
     """Norm of the averaged update."""
+    finite: Bool[Array, ""]
+    """False if the round would have given weights that are not finite; the state is as it was."""
     clients: ClientReport
 
 
@@ -102,10 +104,6 @@ class _Summands(NamedTuple):
     weight: Array
     delta: Tree
     stats: Tree
-    num_examples: Array
-    loss_sum: Array
-    correct: Array
-    dropped: Array
 
 
 def fedavg(
@@ -146,7 +144,7 @@ def fedavg(
 
     Returns:
       A `FedAlgorithm`. A client whose update is not finite is dropped and counted; if none is
-      left, the round changes nothing.
+      left, or if the server's own step is not finite, the round changes nothing.
 
     References:
       McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
@@ -251,14 +249,8 @@ def averaging(
         def weighted(tree: Tree) -> Tree:
             return jax.tree.map(lambda leaf: jnp.where(kept, weight * leaf, 0), tree)
 
-        # TFF: FedProx and FedSGD also add up the training metrics of the clients they drop.
-        counts = (result.num_examples, result.loss_sum, result.correct)
-        summands = _Summands(
-            weight, weighted(delta), weighted(sent),
-            *(jnp.where(kept, count, 0) for count in counts),
-            dropped=(~finite & present).astype(jnp.int32),
-        )  # fmt: skip
-        return summands, (_client_report(result, finite), new_own)
+        summands = _Summands(weight, weighted(delta), weighted(sent))
+        return summands, (client_report(result, finite), new_own)
 
     def round_(state: State, cohort: Cohort) -> tuple[State, RoundMetrics]:
         plan = cohort.plan
@@ -282,7 +274,8 @@ def averaging(
             stats = bn.from_moments(stats) if batch_stats == "pooled" else stats
         new = State(Variables(params, stats), opt_state, None)
         old = State(state.variables, state.opt_state, None)
-        new = jax.tree.map(lambda n, o: jnp.where(some, n.astype(o.dtype), o), new, old)
+        finite = all_finite(new.variables) | ~some
+        new = jax.tree.map(lambda n, o: jnp.where(some & finite, n.astype(o.dtype), o), new, old)
         if keeps_own:
             # An empty seat, -1, writes nowhere.
             seats = jnp.where(plan.clients < 0, population, plan.clients)
@@ -290,7 +283,7 @@ def averaging(
                 lambda all_, mine: all_.at[seats].set(mine, mode="drop"), state.own, own
             )
             new = new._replace(own=own)
-        return new, _round_metrics(total, reports, norm(delta))
+        return new, round_metrics(reports, delta, finite)
 
     return FedAlgorithm(init, round_)
 
@@ -320,20 +313,18 @@ def central(
         )
         delta = jax.tree.map(jnp.subtract, state.variables.params, variables.params)
         update = ClientUpdate(delta, variables.stats, *report)
-        finite = all_finite(delta)
         new = State(variables, opt_state, None)
+        finite = all_finite((delta, variables))
         # A diverged run stays where it was last finite, and says so.
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
-        counts = [jnp.where(finite, count, 0) for count in report]
-        dropped = (~finite).astype(jnp.int32)
-        total = _Summands(jnp.ones(()), None, None, *counts, dropped=dropped)
-        reports = jax.tree.map(lambda leaf: leaf[None], _client_report(update, finite))
-        return new, _round_metrics(total, reports, norm(delta))
+        reports = jax.tree.map(lambda leaf: leaf[None], client_report(update, finite))
+        return new, round_metrics(reports, delta, finite)
 
     return FedAlgorithm(init, round_)
 
 
-def _client_report(update: ClientUpdate, finite: Array) -> ClientReport:
+def client_report(update: ClientUpdate, finite: Bool[Array, ""]) -> ClientReport:
+    """What is reported of one client; not `finite`, it counts as dropped."""
     present = update.num_examples > 0
     return ClientReport(
         num_examples=update.num_examples,
@@ -344,12 +335,27 @@ def _client_report(update: ClientUpdate, finite: Array) -> ClientReport:
     )
 
 
-def _round_metrics(total: _Summands, reports: ClientReport, delta_norm: Array) -> RoundMetrics:
+def round_metrics(
+    clients: ClientReport, delta: Tree, finite: Bool[Array, ""] | bool = True
+) -> RoundMetrics:
+    """What is reported of a round: the reports of its clients, and the averaged update.
+
+    `finite` is False if the round would have given weights that are not, and left them as they
+    were: the run then ends.
+    """
+    # TFF: FedProx and FedSGD also add up the training metrics of the clients they drop.
+    counted = (clients.num_examples > 0) & ~clients.dropped
+    num_examples = jnp.where(counted, clients.num_examples, 0)
+
+    def mean(values: Float[Array, " clients"]) -> Float[Array, ""]:
+        return jnp.where(counted, num_examples * values, 0).sum() / num_examples.sum()
+
     return RoundMetrics(
-        train_loss=total.loss_sum / total.num_examples,
-        train_accuracy=total.correct / total.num_examples,
-        num_examples=total.num_examples,
-        dropped=total.dropped,
-        delta_norm=delta_norm,
-        clients=reports,
+        train_loss=mean(clients.loss),
+        train_accuracy=mean(clients.accuracy),
+        num_examples=num_examples.sum(),
+        dropped=clients.dropped.sum(dtype=jnp.int32),
+        delta_norm=norm(delta),
+        finite=jnp.asarray(finite),
+        clients=clients,
     )

@@ -25,6 +25,15 @@ from jaxfed.aggregate import map_sum
 from jaxfed.client import Examples, take_batch
 from jaxfed.model import Model, Tree, Variables
 
+POLICIES = {
+    "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",
+    "mean": "weighted mean of the clients' moving statistics",
+    "pooled": "pooled over clients by the law of total variance",
+    "local": "every client keeps its own BatchNorm layers (FedBN)",
+    "recalibrate": "exact moments of training data at every evaluation",
+}
+"""What the header of a run, its report and `--list` say of each policy."""
+
 KEPT_ON_SERVER = ("mean", "pooled")
 """The policies under which the server's statistics are made from the clients'."""
 

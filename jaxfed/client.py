@@ -63,6 +63,8 @@ def take_batch(
     images = jnp.asarray(examples.images)[rows]
     if jnp.issubdtype(images.dtype, jnp.integer):
         images = images.astype(dtype) / 255
+    else:  # padding shows row 0, and what another client holds there may be NaN
+        images = jnp.where(mask.reshape(-1, *(1,) * (images.ndim - 1)), images, 0)
     return images.astype(dtype), jnp.asarray(examples.labels)[rows], mask
 
 

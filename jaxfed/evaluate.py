@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxfed import batch_stats as bn
 from jaxfed.aggregate import map_sum
@@ -114,3 +114,42 @@ def evaluator(
         return _means(jax.tree.map(lambda leaf: leaf.sum(axis=0), reports))
 
     return evaluate
+
+
+class RowScores(NamedTuple):
+    """What the network makes of every single example; nothing in it means anything at padding."""
+
+    loss: Float[Array, "steps batch"]
+    right: Bool[Array, "steps batch"]
+
+
+def row_scorer(
+    model: Model,
+    batch_stats: BatchStats,
+    *,
+    loss: LossFn = cross_entropy,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+) -> Callable[[State, Variables, Examples, Array, Array], RowScores]:
+    """Makes `(state, variables, examples, index, owner) -> scores of every row`.
+
+    `variables` are those that the evaluation gave back, `owner` is the client of each batch. Only
+    `local` looks at it: there every client's rows are scored by its own network.
+    """
+
+    def of_batch(shared: tuple, seat: tuple) -> tuple[dict, RowScores]:
+        variables, own, examples = shared
+        rows, owner = seat
+        if batch_stats == "local":
+            mine = jax.tree.map(lambda leaf: leaf[owner], own)
+            variables = Variables(bn.replace(variables.params, mine.params), mine.stats)
+        images, labels, mask = take_batch(examples, rows, dtype)
+        logits, _ = model.apply(variables, images, mask, False, jax.random.key(0))
+        return {}, RowScores(loss(logits, labels), jnp.argmax(logits, axis=-1) == labels)
+
+    def score_rows(
+        state: State, variables: Variables, examples: Examples, index: Array, owner: Array
+    ) -> RowScores:
+        return map_sum(of_batch, (variables, state.own, examples), (index, owner), 1, mesh)[1]
+
+    return score_rows

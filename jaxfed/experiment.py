@@ -5,10 +5,12 @@ Nothing here needs a dataset, a model or JAX. What can only be judged with them 
 `jaxfed.prepare`, also before anything is compiled.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
+import shlex
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,7 +23,20 @@ OptimizerName = Literal[
 Norm = Literal["batch", "group", "layer", "none"]
 BatchStats = Literal["frozen", "mean", "pooled", "local", "recalibrate"]
 
+Algorithm = Literal["fedavg", "fedprox", "fedsgd", "central"]
+
+ALGORITHMS: dict[Algorithm, str] = {
+    "fedavg": "federated averaging (McMahan 2017), with any server optimizer (Reddi 2021)",
+    "fedprox": "fedavg with a proximal term, --client.prox_mu (Li 2020)",
+    "fedsgd": "one gradient a client and round (McMahan 2017)",
+    "central": "ordinary training on the cohort's pooled data: the other half of a comparison",
+}
+"""What `--list` says of each algorithm."""
+
 WITH_MOMENTUM = ("momentum", "nesterov")
+FLOAT32_MAX = 3.4e38
+LARGEST_IMAGE = 4096
+LONGEST_TEXT = 1000
 
 
 class ConfigError(ValueError):
@@ -116,14 +131,14 @@ class Experiment:
     """Clients in a cohort (default: 10, or all if there are fewer)."""
     eval_every: int = 1
     """Evaluate on the test set every so many rounds, and after the last."""
-    algorithm: Literal["fedavg", "fedprox", "fedsgd", "central"] = "fedavg"
-    """central is ordinary training on the cohort's pooled data: the other half of a comparison."""
+    algorithm: Algorithm = "fedavg"
+    """How the clients' work becomes the server's; central is ordinary training."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Clients count by their number of examples, or equally."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of the computation; weights are float32 (float64 with float64)."""
     parallel: Literal["auto", "loop", "vmap"] | int = "auto"
-    """Clients computed at once: one (loop), all (vmap), or chunks of so many."""
+    """Clients at once on each device (all visible devices are used): one (loop), all (vmap), N."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -159,17 +174,29 @@ def from_json(path: str | Path) -> Experiment:
       ConfigError: if the file cannot be read, is not JSON, or does not describe an experiment.
     """
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL in it
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"--config: got {str(path)!r}, expected a readable JSON file ({reason}); check the path"
         ) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    try:
+        tree = json.loads(text, object_pairs_hook=_once)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--config: {str(path)!r} is not JSON ({error}); mend it or write one with to_json"
         ) from None
     return from_dict(tree)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(key for key, _ in pairs if [each for each, _ in pairs].count(key) > 1)
+        raise ConfigError(f"--config: got the key {twice!r} twice, expected every key once")
+    return tree
 
 
 def override(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
@@ -203,6 +230,35 @@ def dotted_keys(cls: Any = Experiment, prefix: str = "") -> list[str]:
     return keys
 
 
+def value_of(experiment: Experiment, key: str) -> Any:
+    """The value of a dotted key.
+
+    Example:
+      >>> value_of(Experiment(), "client.lr")
+      0.1
+    """
+    node: Any = experiment
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def command_line(experiment: Experiment, between: str = " ") -> str:
+    """The command that runs an experiment: every key that is not at its default, as a flag.
+
+    Example:
+      >>> command_line(Experiment(name="my run", client=ClientConfig(lr=0.05)))
+      "python -m jaxfed.train --name 'my run' --client.lr 0.05"
+    """
+    parts = ["python -m jaxfed.train"]
+    for key in dotted_keys():
+        value = value_of(experiment, key)
+        if value != value_of(Experiment(), key):
+            text = shlex.quote(str(value))
+            parts.append(f"--{key}={text}" if str(value).startswith("-") else f"--{key} {text}")
+    return between.join(parts)
+
+
 def _unknown(key: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help for all keys"
@@ -217,6 +273,12 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
+            group, _, leaf = key.rpartition(".")
+            if not prefix and key in dotted_keys():
+                raise ConfigError(
+                    f"--{key}: got it as one key, expected groups; write "
+                    f'{{"{group}": {{"{leaf}": ...}}}}'
+                )
             raise _unknown(f"{prefix}{key}", dotted_keys())
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
@@ -232,12 +294,28 @@ def _check_type(kind: Any, value: Any, flag: str) -> Any:
         if get_origin(choice) is Literal and isinstance(value, str) and value in get_args(choice):
             return value
         if choice is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):
+                return float(value)
         if choice is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if isinstance(choice, type) and type(value) is choice:
             return value
     raise ConfigError(f"--{flag}: got {_show(value)}, expected {_describe(choices)}")
+
+
+def expected(key: str) -> str:
+    """What a dotted key takes, in words.
+
+    Example:
+      >>> expected("client.lr"), expected("parallel")
+      ('a number', 'auto, loop, vmap or a whole number')
+    """
+    cls: Any = Experiment
+    for part in key.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    return _describe(
+        get_args(cls) if get_origin(cls) in (types.UnionType, typing.Union) else (cls,)
+    )
 
 
 def _describe(choices: tuple[Any, ...]) -> str:
@@ -252,7 +330,10 @@ def _describe(choices: tuple[Any, ...]) -> str:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        return "something too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -269,9 +350,9 @@ def validate(experiment: Experiment) -> None:
     data, model, client, server = (
         experiment.data, experiment.model, experiment.client, experiment.server
     )  # fmt: skip
+    _text("name", experiment.name)
+    _text("data.dataset", data.dataset)
     _at_least("seed", experiment.seed, 0)
-    if experiment.seed >= 2**31:
-        raise ConfigError(f"--seed: got {experiment.seed}, expected less than 2147483648")
     _at_least("rounds", experiment.rounds, 1)
     _at_least("clients_per_round", experiment.clients_per_round, 1)
     _at_least("eval_every", experiment.eval_every, 1)
@@ -281,6 +362,10 @@ def validate(experiment: Experiment) -> None:
     _at_least("data.shards_per_client", data.shards_per_client, 1)
     _at_least("data.classes_per_client", data.classes_per_client, 1)
     _at_least("data.image_size", data.image_size, 1)
+    if data.image_size and data.image_size > LARGEST_IMAGE:
+        raise ConfigError(
+            f"--data.image_size: got {data.image_size}, expected at most {LARGEST_IMAGE}"
+        )
     _at_least("client.epochs", client.epochs, 1)
     _at_least("client.batch_size", client.batch_size, 1)
     _positive("data.alpha", data.alpha)
@@ -326,9 +411,18 @@ def validate(experiment: Experiment) -> None:
         )
 
 
+def _text(flag: str, value: str) -> None:
+    if len(value) > LONGEST_TEXT:
+        raise ConfigError(f"--{flag}: got {len(value)} characters, expected at most {LONGEST_TEXT}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"--{flag}: got {value!a}, expected text without lone surrogates")
+
+
 def _at_least(flag: str, value: int | str | None, low: int) -> None:
     if isinstance(value, int) and value < low:
         raise ConfigError(f"--{flag}: got {value}, expected {low} or more")
+    if isinstance(value, int) and value >= 2**31:
+        raise ConfigError(f"--{flag}: got {_show(value)}, expected less than {2**31}")
 
 
 def _at_most(flag: str, value: int | None, limit_flag: str, limit: int | None) -> None:
@@ -347,6 +441,8 @@ def _positive(flag: str, value: float) -> None:
 def _rate(flag: str, value: float | None) -> None:
     if value is not None and not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"--{flag}: got {value}, expected a finite number, 0 or more")
+    if value is not None and value > FLOAT32_MAX:
+        raise ConfigError(f"--{flag}: got {value}, expected at most {FLOAT32_MAX:.2g} (float32)")
 
 
 def _momentum(who: str, optimizer: str, value: float | None) -> None:

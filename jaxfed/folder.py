@@ -2,18 +2,16 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
-from jaxfed.algorithm import State
 from jaxfed.experiment import ConfigError, Experiment, dotted_keys, from_json, to_dict, to_json
 
 CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
@@ -22,13 +20,16 @@ CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
     "summary.json",
     "checkpoints",
 )
+LOCK, TEMPORARY = ".lock", ".tmp"
+NOT_THE_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Reasons for which no file can be written, whatever it is called."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old one or the new one."""
     content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -46,33 +47,89 @@ def write_json(path: Path, tree: Any) -> None:
     write_atomically(path, json.dumps(tree, indent=2) + "\n")
 
 
-def begin(path: Path, experiment: Experiment, *, resume: bool) -> None:
-    """Makes a run's folder, or checks that the run in it may go on, perhaps for more rounds.
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes from writing to it.
+
+    The lock is the kernel's, so that it ends with the process, however that ends.
 
     Raises:
-      ConfigError: if a run is there and `resume` is False; or if it is True and the run that is
-        there differs in more than its number of rounds (naming the keys that do).
+      ConfigError: if another process has it, or if it cannot be a folder.
     """
-    config = path / CONFIG
-    if config.exists():
-        if not resume:
-            raise ConfigError(
-                f"--out: {str(path)!r} already holds a run; add --resume to go on with it, or name "
-                "another folder"
-            )
-        if changed := _differing(from_json(config), experiment):
-            raise ConfigError(
-                f"--resume: {str(path)!r} holds a run with other settings "
-                f"({'; '.join(changed)}); give the same settings or name another --out"
-            )
-        write_atomically(config, to_json(experiment))
-        return
+    lock = path / LOCK
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and error.errno in NOT_THE_NAME:
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--out: got {str(path)!r}, which cannot be made a folder ({error.strerror})"
+            f"--out: got {str(path)!r}, expected a folder or a new name ({reason})"
         ) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False  # held, or given up by its holder while we were looking at it
+        if not mine:
+            raise ConfigError(
+                f"--out: got {str(path)!r}, to which another process is writing; wait until it is "
+                "done, or name another folder"
+            )
+        for left in path.rglob(f".*{TEMPORARY}"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def begin(path: Path, experiment: Experiment, points: Sequence[str] = (), *, resume: bool) -> None:
+    """Makes a run's folder, or checks that the run in it may go on, perhaps for more rounds.
+
+    Args:
+      path: the folder.
+      experiment: of the run, or what the points of a sweep start from.
+      points: folder names of a sweep's points; none for a run.
+      resume: a run may be there.
+
+    Raises:
+      ConfigError: if one is there that may not be, or that differs in more than its number of
+        rounds (naming the keys that do).
+    """
+    config = path / CONFIG
+    if not config.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(config, to_json(experiment))
+        return
+    if not resume:
+        raise ConfigError(
+            f"--out: {str(path)!r} already holds a run; add --resume to go on with it, or name "
+            "another folder"
+        )
+    if points and (path / METRICS).exists():
+        raise ConfigError(f"--resume: {str(path)!r} holds a single run; leave --sweep out")
+    found = {each.parent.name for each in path.glob(f"[0-9][0-9][0-9]*_*/{CONFIG}")}
+    if odd := sorted(found - set(points)):
+        raise ConfigError(
+            f"--resume: {str(path)!r} holds a sweep with other points (such as {odd[0]}); give the "
+            "same --sweep, or name another --out"
+        )
+    old = from_json(config)
+    if changed := _differing(old, experiment):
+        raise ConfigError(
+            f"--resume: {str(path)!r} holds a run with other settings "
+            f"({'; '.join(changed)}); give the same settings or name another --out"
+        )
+    if experiment.rounds < old.rounds:
+        raise ConfigError(
+            f"--rounds: got {experiment.rounds}, expected {old.rounds} or more, to go on with the "
+            f"run in {str(path)!r}"
+        )
     write_atomically(config, to_json(experiment))
 
 
@@ -87,28 +144,42 @@ def _differing(old: Experiment, new: Experiment) -> list[str]:
     return [f"{key}: was {at(old, key)}, now {at(new, key)}" for key in keys]
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds rounds to `metrics.jsonl`, one line each, in a single write."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     with (path / METRICS).open("a", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # they are not to be missed by a checkpoint that comes after
 
 
-def read_rows(path: Path, last_round: int | None = None) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl` up to a round, leaving out a last line that was cut off."""
-    rows = []
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads `metrics.jsonl` up to a line that was cut off, or is not the next round."""
+    rows: list[dict[str, Any]] = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (path / METRICS).read_text(encoding="utf-8").splitlines():
+        for line in (path / METRICS).read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 break
-    return [row for row in rows if last_round is None or row["round"] <= last_round]
+            if not isinstance(row, dict) or row.get("round") != len(rows) + 1:
+                break
+            rows.append(row)
+    return rows
 
 
-def rewrite_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def rewrite_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Replaces `metrics.jsonl` by these rows."""
     write_atomically(path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """Reads `summary.json`; None if it is not there, or not whole."""
+    try:
+        summary = json.loads((path / SUMMARY).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -118,27 +189,3 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
-
-
-@contextlib.contextmanager
-def checkpoints(path: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens `checkpoints/` in a run's folder; the two newest are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((path / CHECKPOINTS).absolute(), options=options) as manager:
-        yield manager
-
-
-def save(manager: ocp.CheckpointManager, last_round: int, state: State) -> None:
-    """Saves the state after a round; a checkpoint is there whole or not at all."""
-    if manager.latest_step() != last_round:
-        manager.save(last_round, args=ocp.args.StandardSave(state))  # pyright: ignore[reportCallIssue]
-
-
-def restore(manager: ocp.CheckpointManager, like: State) -> tuple[int, State] | None:
-    """The newest checkpoint, as `(round, state)`, or None if there is none."""
-    step = manager.latest_step()
-    if step is None:
-        return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found: Any = manager.restore(step, args=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
-    return step, found

@@ -86,18 +86,44 @@ def optimizer(name: str, lr: Scalar, momentum: Scalar = 0.9) -> optax.GradientTr
       >>> updates.tolist()
       [-1.0]
     """
-    return OPTIMIZERS[name](lr, momentum)
+    return OPTIMIZERS[name].make(lr, momentum)
 
 
-OPTIMIZERS: dict[str, Callable[[Scalar, Scalar], optax.GradientTransformation]] = {
-    "sgd": lambda lr, _: optax.sgd(lr),
-    "momentum": lambda lr, m: optax.sgd(lr, momentum=m),
-    "nesterov": lambda lr, m: optax.sgd(lr, momentum=m, nesterov=True),
-    "adam": lambda lr, _: optax.chain(_adam_direction(), optax.scale_by_learning_rate(lr)),
-    "adamw": lambda lr, _: optax.chain(
-        _adam_direction(), optax.add_decayed_weights(0.004), optax.scale_by_learning_rate(lr)
+class OptimizerSpec(NamedTuple):
+    """One row of `OPTIMIZERS`."""
+
+    make: Callable[[Scalar, Scalar], optax.GradientTransformation]
+    """Of the learning rate and the momentum."""
+    summary: str
+
+
+OPTIMIZERS = {
+    "sgd": OptimizerSpec(lambda lr, _: optax.sgd(lr), "gradient descent"),
+    "momentum": OptimizerSpec(lambda lr, m: optax.sgd(lr, momentum=m), "with heavy-ball momentum"),
+    "nesterov": OptimizerSpec(
+        lambda lr, m: optax.sgd(lr, momentum=m, nesterov=True), "with Nesterov's momentum"
     ),
-    "adagrad": lambda lr, _: optax.adagrad(lr, initial_accumulator_value=0.1, eps=1e-7),
-    "rmsprop": lambda lr, _: optax.rmsprop(lr, decay=0.9, eps=1e-7, eps_in_sqrt=False),
-    "yogi": lambda lr, _: optax.chain(_yogi_direction(), optax.scale_by_learning_rate(lr)),
+    "adam": OptimizerSpec(
+        lambda lr, _: optax.chain(_adam_direction(), optax.scale_by_learning_rate(lr)),
+        "Adam (Kingma 2015), epsilon 1e-7 as in TFF and Keras",
+    ),
+    "adamw": OptimizerSpec(
+        lambda lr, _: optax.chain(
+            _adam_direction(), optax.add_decayed_weights(0.004), optax.scale_by_learning_rate(lr)
+        ),
+        "Adam with decoupled weight decay 0.004 (Loshchilov 2019)",
+    ),
+    "adagrad": OptimizerSpec(
+        lambda lr, _: optax.adagrad(lr, initial_accumulator_value=0.1, eps=1e-7),
+        "Adagrad (Duchi 2011), accumulator from 0.1",
+    ),
+    "rmsprop": OptimizerSpec(
+        lambda lr, _: optax.rmsprop(lr, decay=0.9, eps=1e-7, eps_in_sqrt=False),
+        "RMSprop, decay 0.9",
+    ),
+    "yogi": OptimizerSpec(
+        lambda lr, _: optax.chain(_yogi_direction(), optax.scale_by_learning_rate(lr)),
+        "Yogi (Zaheer 2018)",
+    ),
 }
+"""Every optimizer by name, for clients and for the server."""

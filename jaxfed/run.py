@@ -17,7 +17,7 @@ from flax import nnx
 from jaxfed import data
 from jaxfed.experiment import Experiment
 from jaxfed.model import Model, Variables
-from jaxfed.prepare import Task, prepare
+from jaxfed.prepare import MakeAlgorithm, Task, prepare
 from jaxfed.program import compile_tasks, segments
 
 
@@ -34,21 +34,34 @@ class Result(NamedTuple):
 
 
 def summarize(task: Task, history: list[dict[str, Any]], seconds: dict[str, float]) -> dict:
-    """The contents of `summary.json`."""
+    """The contents of `summary.json`.
+
+    A run that has diverged has no final result; its weights are those that were last evaluated.
+    """
     tested = [row["test_accuracy"] for row in history if row["test_accuracy"] is not None]
+    rounds = history[-1]["round"] if history else 0
+    diverged = bool(history) and bool(history[-1]["diverged"])
+    final = history[-1] if history and not diverged else {}
     names = ("jaxfed", "jax", "flax", "optax", "numpy")
     return {
         "name": name_of(task.experiment),
-        "final_test_accuracy": history[-1]["test_accuracy"] if history else None,
+        "final_test_accuracy": final.get("test_accuracy"),
         "best_test_accuracy": max(tested, default=None),
-        "final_test_loss": history[-1]["test_loss"] if history else None,
-        "rounds": history[-1]["round"] if history else 0,
+        "final_test_loss": final.get("test_loss"),
+        "rounds": rounds,
+        "diverged_in_round": rounds if diverged else None,
+        "weights_of_round": last_tested(history) if diverged else rounds,
         "dropped_clients": sum(row["dropped_clients"] for row in history),
         **{key: round(value, 3) for key, value in seconds.items()},
         "device": device_name(),
         "parameters": task.parameters,
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
+
+
+def last_tested(history: list[dict[str, Any]]) -> int:
+    """The last round that was evaluated to a number; 0 if there is none."""
+    return max((row["round"] for row in history if row["test_loss"] is not None), default=0)
 
 
 def name_of(experiment: Experiment) -> str:
@@ -69,6 +82,7 @@ def run(
     dataset: data.Dataset | None = None,
     build: Callable[[nnx.Rngs], nnx.Module] | None = None,
     model: Model | None = None,
+    algorithm: MakeAlgorithm | None = None,
     on_round: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Runs an experiment from beginning to end.
@@ -78,6 +92,7 @@ def run(
       dataset: your own images instead of `experiment.data.dataset`.
       build: your own NNX module, `rngs -> module`, instead of `experiment.model.name`.
       model: any other network as a `Model(init, apply)`.
+      algorithm: your own, `(model, mesh) -> FedAlgorithm`, instead of `experiment.algorithm`.
       on_round: called with every row of the history.
 
     Raises:
@@ -89,7 +104,7 @@ def run(
       >>> [row["round"] for row in result.history]
       [1, 2]
     """
-    task = prepare(experiment, dataset=dataset, build=build, model=model)
+    task = prepare(experiment, dataset=dataset, build=build, model=model, algorithm=algorithm)
     started = time.perf_counter()
     program = compile_tasks([task])
     history, variables = [], None

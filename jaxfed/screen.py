@@ -4,23 +4,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from jaxfed.batch_stats import POLICIES
 from jaxfed.experiment import ClientConfig, ServerConfig
 from jaxfed.prepare import Task
 from jaxfed.program import chunk_of
 from jaxfed.run import device_name, name_of
-
-POLICIES = {
-    "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",
-    "mean": "weighted mean of the clients' moving statistics",
-    "pooled": "pooled over clients by the law of total variance",
-    "local": "every client keeps its own BatchNorm layers (FedBN)",
-    "recalibrate": "exact moments of training data at every evaluation",
-}
 
 
 def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> None:
@@ -61,7 +55,8 @@ def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> 
     )
     chunk = chunk_of(experiment)
     at_once = "all clients" if chunk is None else f"up to {chunk} client(s)"
-    line("device", f"{device_name()}, {experiment.dtype}, {at_once} at once")
+    each = " on each device" if jax.device_count() > 1 else ""
+    line("device", f"{device_name()}, {experiment.dtype}, {at_once} at once{each}")
     console.print(grid)
 
 
@@ -97,7 +92,7 @@ def rounds_bar(
 
         def update(done: int, row: dict[str, Any] | None) -> None:
             rate = bar.tasks[0].speed
-            shown = f"{rate:.2f}/s" if rate else ""
+            shown = f"{rate:.2f} rounds/s" if rate else ""
             if row is None:
                 bar.update(job, row="compiling ...")
             elif row["test_accuracy"] is not None:
@@ -111,9 +106,8 @@ def row_text(row: dict[str, Any]) -> str:
     """One round in one line."""
     dropped = f"  dropped {row['dropped_clients']}" if row["dropped_clients"] else ""
     return (
-        f"round {row['round']}  train loss {_figure(row['train_loss'])}  "
-        f"test loss {_figure(row['test_loss'])}  "
-        f"test accuracy {_figure(row['test_accuracy'])}{dropped}"
+        f"round {row['round']}  test accuracy {_figure(row['test_accuracy'])}  "
+        f"test loss {_figure(row['test_loss'])}  train loss {_figure(row['train_loss'])}{dropped}"
     )
 
 

@@ -6,6 +6,7 @@ program for each of its values.
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ KNOBS = (
     "seed", "client.lr", "client.momentum", "client.prox_mu", "server.lr", "server.momentum"
 )  # fmt: skip
 """The keys whose values are inputs of the compiled program, not part of it."""
+
+
+MAX_POINTS = 10_000
 
 
 class Point(NamedTuple):
@@ -45,7 +49,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
 def _value(text: str) -> Any:
     try:
         return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -53,15 +57,25 @@ def points(base: Experiment, axes: Sequence[str]) -> list[Point]:
     """The product of all axes, the last one varying fastest.
 
     Raises:
-      ConfigError: for a malformed or repeated axis, an unknown key, or a value of a wrong type.
+      ConfigError: for a malformed axis, an unknown key, a value of a wrong type, or anything twice.
     """
     parsed = [parse_axis(axis) for axis in axes]
     keys = [key for key, _ in parsed]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"--sweep: got {', '.join(keys)}, expected every key once")
+    count = math.prod(len(values) for _, values in parsed)
+    if count > MAX_POINTS:
+        raise ConfigError(f"--sweep: got {count} points, expected at most {MAX_POINTS}")
     combinations = itertools.product(*(values for _, values in parsed))
     changes = [dict(zip(keys, values, strict=True)) for values in combinations]
-    return [Point(change, override(base, change)) for change in changes]
+    found = [Point(change, override(base, change)) for change in changes]
+    seen: set[Experiment] = set()
+    for point in found:
+        if point.experiment in seen:
+            same = ", ".join(f"{key}={value}" for key, value in point.changes.items())
+            raise ConfigError(f"--sweep: got {same} twice, expected every value once")
+        seen.add(point.experiment)
+    return found
 
 
 def programs(experiments: Sequence[Experiment]) -> list[list[int]]:

@@ -5,27 +5,25 @@ Exit codes: 0 done; 1 the run failed; 2 bad input; 130 or 143 interrupted, state
 
 import argparse
 import contextlib
-import dataclasses
+import difflib
 import io
 import os
 import re
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from jaxfed import folder, report, screen
+from jaxfed import distributed, folder, manual, report, saved, screen, tensorboard
 from jaxfed.data import DataError, format_label_table, label_table
-from jaxfed.experiment import ConfigError, Experiment, from_json, to_json
-from jaxfed.prepare import Task, precision, prepare
-from jaxfed.program import Program, compile_tasks, segments
-from jaxfed.run import name_of, summarize
+from jaxfed.experiment import ConfigError, Experiment, dotted_keys, expected, from_json
+from jaxfed.prepare import Task, prepare
+from jaxfed.program import Final, compile_tasks, finish
+from jaxfed.resume import find_start, finished, run_program
 from jaxfed.sweep import Point, folder_name, points, programs
 
 
@@ -45,20 +43,17 @@ class Command:
     resume: bool = False
     """Go on with the run that is in --out."""
     checkpoint_every: int | None = None
-    """Save the state every so many rounds (default: at the end, and when interrupted)."""
+    """Save the state every so many rounds (default: every minute); always at the end."""
+    tensorboard: bool = False
+    """Also write the rounds to OUT/tensorboard as they come (needs the extra tensorboard)."""
     labels: bool = False
     """Print how many images of each class every client holds, and stop."""
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Print the datasets, partitions, models, optimizers and algorithms there are, and stop."""
+    distributed: str | None = None
+    """One of several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,PROCESSES,NUMBER."""
     quiet: bool = False
     """Print nothing but errors."""
-
-
-class Outcome(NamedTuple):
-    """What became of the points of one program."""
-
-    histories: list[list[dict[str, Any]]]
-    summaries: list[dict[str, Any]]
-    signal: int
-    """The signal that ended it, or 0."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -70,7 +65,7 @@ def parse(arguments: Sequence[str]) -> Command:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="?")
     known, _ = early.parse_known_args(arguments)
-    base = from_json(known.config) if known.config else Experiment()
+    base = Experiment() if known.config is None else from_json(known.config)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -82,105 +77,50 @@ def parse(arguments: Sequence[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-        _, _, text = errors.getvalue().partition("\n")  # the first line is a box's title
-        text = re.sub(r"[╭╮╰╯─│\s]+", " ", text)
-        text = re.sub(r" For full helptext,.*", "", text).strip()
-        raise ConfigError(f"{text}; see python -m jaxfed.train --help") from None
+        raise _refusal(errors.getvalue(), list(arguments)) from None
 
 
-@contextlib.contextmanager
-def listening() -> Iterator[Callable[[], int]]:
-    """Notes SIGINT and SIGTERM instead of dying in the middle of a round; the second one kills."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_program(
-    program: Program,
-    home: Path | None,
-    folders: Sequence[Path | None],
-    on_rounds: Callable[[list[dict[str, Any]]], None],
-    *,
-    resume: bool,
-    checkpoint_every: int | None,
-) -> Outcome:
-    """Runs all points of one program, writing their rounds as they come.
-
-    Args:
-      program: compiled.
-      home: folder of the checkpoints, or None to write nothing.
-      folders: one for each point, or None.
-      on_rounds: called with the rows of the first point after every dispatch.
-      resume: go on from the newest checkpoint.
-      checkpoint_every: rounds between checkpoints.
-    """
-    tasks = program.tasks
-    histories: list[list[dict[str, Any]]] = [[] for _ in tasks]
-    started, spent = time.perf_counter(), {"train_seconds": 0.0, "evaluate_seconds": 0.0}
-    with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(folder.checkpoints(home)) if home else None
-        with precision(tasks[0].experiment):  # or float64 comes back as float32
-            found = folder.restore(manager, program.state) if manager and resume else None
-        last_round, state = found or (0, program.state)
-        for point, path in enumerate(folders):
-            if path:
-                histories[point] = folder.read_rows(path, last_round)
-                folder.rewrite_rows(path, histories[point])
-        if last_round:
-            on_rounds(histories[0])
-        stop = stack.enter_context(listening())
-        for segment in segments(program, state, last_round + 1):
-            last_round, state = segment.rows[0][-1]["round"], segment.state
-            for history, rows, path in zip(histories, segment.rows, folders, strict=True):
-                history.extend(rows)
-                if path:
-                    folder.append_rows(path, rows)
-            spent["train_seconds"] += segment.train_seconds
-            spent["evaluate_seconds"] += segment.evaluate_seconds
-            on_rounds(segment.rows[0])
-            if manager and checkpoint_every and last_round % checkpoint_every == 0:
-                folder.save(manager, last_round, state)
-            if stop() or all(_diverged(history) for history in histories):
-                break
-        if manager and last_round:
-            folder.save(manager, last_round, state)
-        caught = stop()
-    seconds = {
-        "seconds": program.compile_seconds + time.perf_counter() - started,
-        "compile_seconds": program.compile_seconds,
-        **spent,
-    }
-    pairs = zip(tasks, histories, strict=True)
-    summaries = [summarize(task, history, seconds) for task, history in pairs]
-    return Outcome(histories, summaries, caught)
-
-
-def _diverged(history: list[dict[str, Any]]) -> bool:
-    """True if the newest evaluation gave no number."""
-    tested = [row for row in history if row["test_accuracy"] is not None]
-    return bool(tested) and tested[-1]["test_loss"] is None
+def _refusal(text: str, arguments: list[str]) -> ConfigError:
+    """One line instead of a box."""
+    _, _, text = text.partition("\n")  # the first line is the box's title
+    text = re.sub(r"[╭╮╰╯─│\s]+|-{5,}", " ", text)
+    text = re.sub(r" (Argument helptext:|For full helptext,).*", "", text).strip()
+    flag = next(iter(re.findall(r"--([\w.]+)", text)), "")
+    if flag in dotted_keys() and f"--{flag}" in arguments:
+        given = arguments[arguments.index(f"--{flag}") + 1 :][:1]
+        got = repr(given[0]) if given and not given[0].startswith("--") else "nothing"
+        wanted = expected(flag).replace("true or false", "True or False").replace("null", "None")
+        return ConfigError(f"--{flag}: got {got}, expected {wanted}")
+    if unknown := re.match(r"Unrecognized options: --([\w.-]+)", text):
+        near = difflib.get_close_matches(unknown[1], dotted_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "see python -m jaxfed.train --help"
+        return ConfigError(f"--{unknown[1]}: unknown flag; {hint}")
+    return ConfigError(f"{text}; see python -m jaxfed.train --help")
 
 
 def write_results(
-    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any]
+    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final
 ) -> None:
-    """Writes what is made at the end: `summary.json`, `curves.png`, `report.html`."""
-    title = name_of(task.experiment)
+    """Writes what is made at the end: `summary.json`, the weights, the clients, the pictures."""
     folder.write_json(path / folder.SUMMARY, summary)
-    folder.write_atomically(path / "curves.png", report.curves_png({title: history}))
-    shown = {key: value for key, value in summary.items() if key != "versions"}
-    page = report.report_html(title, {title: history}, [shown], task.experiment)
-    folder.write_atomically(path / "report.html", page)
+    saved.write_weights(path / saved.WEIGHTS, final.variables)
+    table = label_table(task.partition, task.dataset.y_train, task.dataset.num_classes)
+    rows = saved.client_rows(
+        task.partition.sizes, table, final.clients.accuracy, final.clients.loss
+    )
+    folder.write_csv(path / saved.CLIENTS, rows)
+    # From the files, so that a page can be made again from a folder, and is the same.
+    folder.write_atomically(path / "report.html", report.run_page(saved.load_run(path)))
+    folder.write_atomically(path / "curves.png", report.curves_png({summary["name"]: history}))
+
+
+def write_sweep(home: Path, base: Experiment, runs: Sequence[report.SweepPoint]) -> None:
+    """Writes the files that compare the points of a sweep."""
+    rows = [{**run.changes, **_flat(run.summary)} for run in runs]
+    folder.write_csv(home / "sweep.csv", rows)
+    folder.write_atomically(home / "report.html", report.sweep_page(base, runs))
+    curves = {run.label: run.history for run in runs}
+    folder.write_atomically(home / "curves.png", report.curves_png(curves))
 
 
 def train(command: Command, console: Console) -> int:
@@ -189,87 +129,150 @@ def train(command: Command, console: Console) -> int:
     Raises:
       ConfigError, DataError: for bad input.
     """
+    todo, tasks = distributed.agreed(lambda: _prepare(command, console))
+    if command.labels:
+        first = tasks[0]
+        table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
+        console.print(format_label_table(table), highlight=False, soft_wrap=True)
+        return 0
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> list[Path | None]:
+            if command.out and distributed.leads():
+                stack.enter_context(folder.locked(command.out))
+            return _folders(command, todo, tasks)
+
+        return _run(command, console, todo, tasks, distributed.agreed(opened))
+
+
+def _prepare(command: Command, console: Console) -> tuple[list[Point], list[Task]]:
     if command.resume and command.out is None:
         raise ConfigError("--resume: got no --out, expected the folder of the run to go on with")
     if command.checkpoint_every is not None and command.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint_every: got {command.checkpoint_every}, expected 1 or more")
     if command.checkpoint_every and command.out is None:
         raise ConfigError("--checkpoint_every: got no --out, expected a folder to save in")
+    if command.resume and command.out and not (command.out / folder.CONFIG).exists():
+        raise ConfigError(
+            f"--resume: got --out {str(command.out)!r}, which holds no run; leave --resume out to "
+            "start one"
+        )
+    if command.tensorboard:
+        tensorboard.require()
+        if command.out is None:
+            raise ConfigError("--tensorboard: got no --out, expected a folder to write in")
     todo = points(command.experiment, command.sweep)
     with screen.host_work(console) as progress:
-        tasks = _prepare_all(todo, progress)
-    if command.labels:
-        first = tasks[0]
-        table = label_table(first.partition, first.dataset.y_train, first.dataset.num_classes)
-        console.print(format_label_table(table), highlight=False, soft_wrap=True)
-        return 0
+        return todo, _prepare_all(todo, progress)
+
+
+def _run(
+    command: Command,
+    console: Console,
+    todo: Sequence[Point],
+    tasks: Sequence[Task],
+    folders: Sequence[Path | None],
+) -> int:
+    # All processes read; what the others are not to write, they have no path for.
+    leads = distributed.leads()
+    out = command.out if leads else None
     groups = programs([task.experiment for task in tasks])
     screen.header(console, tasks[0], len(todo), len(groups))
-    folders = _folders(command, todo, tasks)
     total = sum(tasks[group[0]].experiment.rounds for group in groups)
     outcomes: dict[int, tuple[list, dict]] = {}
     caught, done = 0, 0
     with screen.rounds_bar(console, total) as update:
-        for number, group in enumerate(groups):
-            members = [tasks[i] for i in group]
+        for group in groups:
+            members, homes = [tasks[i] for i in group], [folders[i] for i in group]
+            rounds = members[0].experiment.rounds
+            old = [
+                finished(home, task.experiment) for home, task in zip(homes, members, strict=True)
+            ]
+            if all(old):
+                outcomes |= {i: one for i, one in zip(group, old, strict=True) if one}
+                done += rounds
+                continue
             update(done, None)
-            program = compile_tasks(members, command.checkpoint_every)
-            home = command.out
-            if home and command.sweep:
-                home = home / folder.CHECKPOINTS / f"program_{number:03d}"
+            start = distributed.agreed(
+                lambda members=members, homes=homes: find_start(
+                    members, homes, resume=command.resume
+                )
+            )
+            distributed.same(start.round, "--out", "saved states of rounds")
+            homes = homes if leads else [None] * len(homes)
+            program = compile_tasks(members, command.checkpoint_every, start.round)
 
             def on_rounds(rows: list[dict[str, Any]], before: int = done) -> None:
                 for row in rows:
                     update(before + row["round"], row)
 
             outcome = run_program(
-                program, home, [folders[i] for i in group], on_rounds,
-                resume=command.resume, checkpoint_every=command.checkpoint_every,
-            )  # fmt: skip
-            done += members[0].experiment.rounds
+                program, start, homes, on_rounds, command.checkpoint_every, command.tensorboard
+            )
+            done += rounds
             for i, history, summary in zip(
                 group, outcome.histories, outcome.summaries, strict=True
             ):
                 outcomes[i] = (history, summary)
+            if command.out:  # all processes compute, one writes
+                for i, final in zip(group, finish(program, outcome.state), strict=True):
+                    path, (history, summary) = folders[i], outcomes[i]
+                    if leads and path:
+                        write_results(path, tasks[i], history, summary, final)
             caught = outcome.signal
             if caught:
                 break
-    finished = [(i, *outcomes[i]) for i in sorted(outcomes)]
-    for i, history, summary in finished:
-        if path := folders[i]:
-            write_results(path, tasks[i], history, summary)
-    rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in finished]
-    if command.out and command.sweep:
-        folder.write_csv(
-            command.out / "sweep.csv",
-            [{**todo[i].changes, **_flat(summary)} for i, _, summary in finished],
-        )
-        curves = {_label(todo[i]): history for i, history, _ in finished}
-        folder.write_atomically(command.out / "curves.png", report.curves_png(curves))
-        page = report.report_html("sweep", curves, rows, tasks[0].experiment)
-        folder.write_atomically(command.out / "report.html", page)
+    ended = [(i, *outcomes[i]) for i in sorted(outcomes)]
+    rows = [{**todo[i].changes, **_short(summary)} for i, _, summary in ended]
+    if out and command.sweep:
+        runs = [
+            report.SweepPoint(todo[i].changes, tasks[i].experiment, history, summary)
+            for i, history, summary in ended
+        ]
+        write_sweep(out, command.experiment, runs)
     screen.results(console, rows)
+    for i, history, _ in ended:
+        for line in _dropped(_label(todo[i]), history):
+            console.print(line, highlight=False)
     if command.out:
         console.print(f"results in {command.out}", highlight=False)
+    if caught and not leads:
+        return 128 + caught
     if caught:
         saved = (
             f"state saved, go on with --out {command.out} --resume"
             if command.out
             else "not saved (no --out)"
         )
-        print(
-            f"jaxfed: interrupted after round {finished[-1][2]['rounds']}; {saved}", file=sys.stderr
-        )
+        print(f"jaxfed: interrupted after round {ended[-1][2]['rounds']}; {saved}", file=sys.stderr)
         return 128 + caught
-    failed = [i for i, history, _ in finished if _diverged(history)]
-    for i in failed:
-        history = outcomes[i][0]
+    failed = [(i, history[-1], summary) for i, history, summary in ended if _failed(summary)]
+    for i, row, summary in failed if leads else ():
         print(
-            f"jaxfed: {_label(todo[i])}: the loss is not finite after round "
-            f"{history[-1]['round']}; lower --client.lr or --server.lr",
+            f"jaxfed: {_label(todo[i])}: diverged in round {row['round']}: {row['diverged']}; the "
+            f"weights of round {summary['weights_of_round']} are kept; lower --client.lr or "
+            "--server.lr, or look at the data",
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _failed(summary: dict[str, Any]) -> bool:
+    return summary["diverged_in_round"] is not None
+
+
+def _dropped(label: str, history: list[dict[str, Any]]) -> list[str]:
+    """What is to be said of clients whose updates were not finite: at most a line."""
+    rounds = [row["round"] for row in history if row["dropped_clients"]]
+    if not rounds:
+        return []
+    clients = sum(row["dropped_clients"] for row in history)
+    empty = sum(row["dropped_clients"] > 0 and row["num_examples"] == 0 for row in history)
+    unchanged = f"; {empty} of them had no other and changed nothing" if empty else ""
+    return [
+        f"{label}: {clients} client update(s) were not finite and were dropped, in "
+        f"{len(rounds)} round(s), first in round {rounds[0]}{unchanged}"
+    ]
 
 
 def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None]) -> list[Task]:
@@ -291,15 +294,18 @@ def _prepare_all(todo: Sequence[Point], progress: Callable[[str, int, int], None
 def _folders(command: Command, todo: Sequence[Point], tasks: Sequence[Task]) -> list[Path | None]:
     if command.out is None:
         return [None] * len(todo)
+    leads = distributed.leads()
     if not command.sweep:
-        folder.begin(command.out, tasks[0].experiment, resume=command.resume)
+        if leads:
+            folder.begin(command.out, tasks[0].experiment, resume=command.resume)
         return [command.out]
-    paths = [command.out / folder_name(i, point.changes) for i, point in enumerate(todo)]
-    for path, task in zip(paths, tasks, strict=True):
-        folder.begin(path, task.experiment, resume=command.resume)
-    config = to_json(dataclasses.replace(command.experiment))
-    folder.write_atomically(command.out / folder.CONFIG, config)
-    return list(paths)
+    names = [folder_name(i, point.changes) for i, point in enumerate(todo)]
+    if not leads:
+        return [command.out / name for name in names]
+    folder.begin(command.out, command.experiment, names, resume=command.resume)
+    for name, task in zip(names, tasks, strict=True):
+        folder.begin(command.out / name, task.experiment, resume=command.resume)
+    return [command.out / name for name in names]
 
 
 def _label(point: Point) -> str:
@@ -316,24 +322,43 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     return {**summary, "versions": versions}
 
 
+def _carried_out(given: Sequence[str]) -> int:
+    asks_help = bool({"-h", "--help"} & set(given))
+    command = Command() if asks_help else parse(given)
+    if asks_help or command.list_:
+        width = manual.terminal_width()
+        print(manual.help_text(command, width) if asks_help else manual.list_text(width), end="")
+        return 0
+    distributed.start(command.distributed)
+    code = train(command, Console(quiet=command.quiet or not distributed.leads()))
+    distributed.stop()
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns every foreseen failure into one line and an exit code."""
     try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
-        return train(command, Console(quiet=command.quiet))
+        return _carried_out(sys.argv[1:] if arguments is None else arguments)
     except (ConfigError, DataError) as error:
-        print(f"jaxfed: {error}", file=sys.stderr)
-        return 2
+        code, line = 2, f"{error}"
     except KeyboardInterrupt:
-        print("jaxfed: interrupted before the first round; nothing to save", file=sys.stderr)
-        return 130
+        code, line = 130, "interrupted before the first round; nothing to save"
     except BrokenPipeError:  # the reader of our output, head perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code, line = 1, ""
+    except MemoryError as error:
+        code, line = 1, f"not enough memory ({error}); take smaller images or less"
     except OSError as error:
-        print(f"jaxfed: {error}; the files written before are whole", file=sys.stderr)
-        return 1
+        where = f" ({error.filename})" if error.filename else ""
+        code = 1
+        line = (
+            f"{error.strerror or error}{where}; the files written before are whole: mend that and "
+            "go on with --resume"
+        )
+    if line:
+        print(f"jaxfed: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import jaxfed
+import jaxfed.train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,6 +37,18 @@ def test_library_examples(capsys):
     final, train = (float(text) for text in capsys.readouterr().out.split())
     assert final > 0.75  # two-class clients
     assert train > 0.7
+
+
+@pytest.mark.parametrize("page", ["batchnorm", "extending", "scaling"])
+def test_pages_print_what_they_show(page, tmp_path, monkeypatch, capsys):
+    """A block of Python, and what it prints in the block of text after it."""
+    monkeypatch.chdir(tmp_path)
+    text, scope = (ROOT / "docs" / f"{page}.md").read_text(), {"__name__": page}
+    blocks = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", text, re.DOTALL)
+    assert blocks
+    for source, shown in blocks:
+        exec(source, scope)  # the pages are ours
+        assert capsys.readouterr().out == shown
 
 
 def commands():
@@ -70,11 +83,12 @@ def test_every_linked_file_exists():
             assert (page.parent / target).exists(), (page.name, target)
 
 
-def test_figures_in_the_readme_are_those_of_the_results_file():
+def test_figures_of_the_collapse_are_those_of_the_results_file():
     results = json.loads((ROOT / "docs/results/collapse.json").read_text())
-    for row in results["runs"]:
-        accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
-        assert f"| {row['label']} | {accuracies} |" in README
+    for page in (README, (ROOT / "docs" / "batchnorm.md").read_text()):
+        for row in results["runs"]:
+            accuracies = " | ".join(f"{value:.3f}" for value in row["test_accuracy"].values())
+            assert f"| {row['label']} | {accuracies} |" in page
 
 
 def test_figures_beside_mcmahan_are_those_of_the_results_file():
@@ -84,3 +98,55 @@ def test_figures_beside_mcmahan_are_those_of_the_results_file():
         first = run["first_round_at_99_percent"] or "not reached"
         cells = (run["partition"], f"{run['lr']:g}", len(tested), first, f"{max(tested):.4f}")
         assert "| " + " | ".join(map(str, cells)) + " |" in page
+
+
+TOUR = ("tour.md", "reading-a-report.md", "faq.md")
+"""In this order: the later pages look at what the first one trains."""
+
+
+def blocks(page):
+    """The fenced blocks that are run, and what they print: (language, text) in order."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"```(bash|python|text)\n(.*?)```", text, re.DOTALL)
+
+
+def same(shown, line):
+    """A shown line is a line's beginning; accuracies and losses may differ by 0.02.
+
+    Two compilers on one machine gave the same accuracies, and losses 2e-7 apart, in 20 rounds; the
+    rest is for other processors, where 7 of the 359 test images may change sides.
+    """
+    left, right = shown.split(), line.split()
+    if len(right) < len(left):
+        return False
+    return all(
+        a == b or ("." in a and re.fullmatch(r"[\d.]+", b) and abs(float(a) - float(b)) < 0.02)
+        for a, b in zip(left, right, strict=False)
+    )
+
+
+@pytest.mark.slow
+def test_the_tour_and_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    scope, printed, compared = {"__name__": "tour"}, [], 0
+    for page in TOUR:
+        for language, text in blocks(page):
+            if language == "text":
+                for shown in text.splitlines():
+                    assert any(same(shown, line) for line in printed), (page, shown, printed)
+                    compared += 1
+                continue
+            if language == "python":
+                exec(text, scope)  # the pages are ours
+            else:
+                for line in text.replace("\\\n", " ").splitlines():
+                    words = shlex.split(line)
+                    assert words[:3] == ["python", "-m", "jaxfed.train"]
+                    assert jaxfed.train.main(words[3:]) == 0, line
+            output = capsys.readouterr()
+            assert output.err == ""
+            printed = output.out.splitlines()
+    assert compared > 10
+    assert (tmp_path / "runs/sweep/report.html").exists()
+    assert (tmp_path / "again.html").read_text() == Path("runs/first/report.html").read_text()

@@ -117,7 +117,7 @@ REFUSED = {
         ["clients_per_round", "20", "10", "data.num_clients"],
     ),
     "cohort above default population": (["--clients_per_round", "20"], ["clients_per_round", "10"]),
-    "policy without BatchNorm": (["--model.batch_stats", "mean"], ["batch_stats", "cnn", "norm"]),
+    "policy without BatchNorm": (["--model.batch_stats", "mean"], ["batch_stats", "no BatchNorm"]),
     "policy with GroupNorm": (
         ["--model.norm", "group", "--model.batch_stats", "mean"], ["batch_stats", "group"],
     ),

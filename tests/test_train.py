@@ -28,7 +28,8 @@ def test_a_run_writes_its_folder(tmp_path):
     out = tmp_path / "run"
     assert main([*QUICK, "--eval_every", "2", "--out", str(out)]) == 0
     names = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "report.html"}
-    assert {path.name for path in out.iterdir()} == names | {"checkpoints"}
+    names |= {"weights.npz", "clients.csv", "checkpoints"}
+    assert {path.name for path in out.iterdir()} == names
     rows = rows_of(out)
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     assert [row["test_accuracy"] is None for row in rows] == [True, False, True, False]

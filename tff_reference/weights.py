@@ -104,6 +104,23 @@ def assign(variables: Sequence[tf.Variable], arrays: Mapping[str, np.ndarray]) -
         variable.assign(value)
 
 
+def load(model: tf.keras.Model, path: str) -> None:
+    """Sets all weights of a Keras model from the `weights.npz` of a jaxfed run.
+
+    The model has jaxfed's layers under jaxfed's names; keras.applications' MobileNets and
+    `tff_reference.networks.build` do.
+
+    Raises:
+      ValueError: if the two have not the same weights, or not of the same shapes.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    kinds = {"params/": model.trainable_variables, "stats/": model.non_trainable_variables}
+    for kind, variables in kinds.items():
+        ours = {n.removeprefix(kind): a for n, a in arrays.items() if n.startswith(kind)}
+        assign(variables, ours)
+
+
 def _path(variable: tf.Variable) -> tuple[str, str]:
     layer, _, leaf = variable.name.rpartition(":")[0].rpartition("/")
     return layer, leaf

@@ -3,7 +3,7 @@
 Everything here is numpy; nothing imports JAX.
 """
 
-from jaxfed.data.dataset import DataError, Dataset, Progress, load
+from jaxfed.data.dataset import DataError, Dataset, Progress, check, load
 from jaxfed.data.partition import (
     PARTITIONS,
     Partition,
@@ -20,6 +20,7 @@ __all__ = [
     "Partition",
     "PartitionSpec",
     "Progress",
+    "check",
     "fit",
     "format_label_table",
     "label_table",

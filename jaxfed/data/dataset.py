@@ -9,6 +9,14 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`, called now and then while something slow goes on."""
 
 
+SOURCES = {
+    "digits": "1797 real 8x8 digits that ship with scikit-learn",
+    "NAME": "any image classification dataset of TensorFlow Datasets (needs the extra tfds)",
+    "path/to/file.npz": "your own: x_train y_train x_test y_test, perhaps client_train client_test",
+}
+"""What `load` takes."""
+
+
 class DataError(ValueError):
     """Data that cannot be used: one line saying what came, what was expected and what to do."""
 
@@ -38,6 +46,39 @@ class Dataset(NamedTuple):
     client_train: np.ndarray | None = None
     client_test: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+
+
+def check(dataset: Dataset) -> None:
+    """Sees that a dataset made by hand is as `Dataset` says.
+
+    Raises:
+      DataError: naming the field that is not.
+    """
+    shape, classes = np.shape(dataset.x_train), dataset.num_classes
+    for part, images, labels, clients in (
+        ("train", dataset.x_train, dataset.y_train, dataset.client_train),
+        ("test", dataset.x_test, dataset.y_test, dataset.client_test),
+    ):
+        if np.ndim(images) != 4 or len(images) == 0 or np.shape(images)[1:] != shape[1:]:
+            raise DataError(
+                f"{dataset.name}: x_{part} has shape {np.shape(images)}; expected [N, H, W, C], "
+                "one size in both sets: add the axis that is missing, or resize"
+            )
+        if np.shape(labels) != (len(images),) or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{dataset.name}: y_{part} is {labels.dtype} {np.shape(labels)}; expected integers "
+                f"({len(images)},), one an image"
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"{dataset.name}: y_{part} has labels from {labels.min()} to {labels.max()}; "
+                f"expected 0 to {classes - 1}: change them or num_classes"
+            )
+        if clients is not None and np.shape(clients) != (len(images),):
+            raise DataError(
+                f"{dataset.name}: client_{part} has shape {np.shape(clients)}; expected "
+                f"({len(images)},), one client an image"
+            )
 
 
 def load(name: str, progress: Progress | None = None) -> Dataset:

@@ -56,7 +56,8 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         raise
     except ValueError as error:
         if "Object arrays" not in str(error):
-            raise DataError(f"{path}: cannot be read ({error}); write it again") from error
+            reason = "an array is not in .npy format" if "pickle" in str(error) else error
+            raise DataError(f"{path}: damaged ({reason}); write it again") from error
         raise DataError(
             f"{path}: holds pickled Python objects; expected plain arrays, images all of one size"
         ) from error

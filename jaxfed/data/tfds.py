@@ -36,18 +36,14 @@ def read(name: str, progress: Progress | None = None) -> Dataset:
       DataError: no such dataset; it cannot be prepared or read; not one image and one label of
         fixed size and known class an example.
     """
-    data_dir = (
-        os.environ.get("JAXFED_DATA_DIR")
-        or os.environ.get("TFDS_DATA_DIR")
-        or "~/tensorflow_datasets"
-    )
+    where = data_dir()
     if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\w.*]+)?", name):
         raise _unknown(name, COMMON)
-    folder = _cache_folder(name, data_dir)
+    folder = _cache_folder(name, where)
     if folder is not None and (kept := cache.fetch(folder)) is not None:
         return kept
-    dataset = _decode(name, data_dir, progress)
-    folder = _cache_folder(name, data_dir)  # again: it may have been prepared only now
+    dataset = _decode(name, where, progress)
+    folder = _cache_folder(name, where)  # again: it may have been prepared only now
     if folder is None:  # a bucket, not a local folder
         return dataset
     try:
@@ -56,6 +52,15 @@ def read(name: str, progress: Progress | None = None) -> Dataset:
         note = f"not cached ({error}): decoded at every start; set JAXFED_CACHE_DIR"
         return dataset._replace(notes=(*dataset.notes, note))
     return cache.fetch(folder) or dataset  # mapped, as in every later start
+
+
+def data_dir() -> str:
+    """Where datasets are looked for: `$JAXFED_DATA_DIR`, `$TFDS_DATA_DIR` or TFDS's own folder."""
+    return (
+        os.environ.get("JAXFED_DATA_DIR")
+        or os.environ.get("TFDS_DATA_DIR")
+        or "~/tensorflow_datasets"
+    )
 
 
 def _cache_folder(name: str, data_dir: str) -> Path | None:
