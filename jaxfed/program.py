@@ -378,7 +378,7 @@ def _row(
     at = (point, place)
     loss = None if scores is None else _number(scores.loss[point])
     # The class of NaN is 0, right one time in ten: a number that says nothing.
-    accuracy = None if loss is None else _number(scores.accuracy[point])
+    accuracy = _number(scores.accuracy[point]) if scores is not None and loss is not None else None
     return {
         "round": number,
         "train_loss": _number(metrics.train_loss[at]),

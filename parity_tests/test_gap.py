@@ -17,7 +17,14 @@ from parity_tests.gap import trials
 from parity_tests.gap.__main__ import main
 from parity_tests.gap.arms import FULL, QUICK, Arm, Setting, arms
 from parity_tests.gap.effects import (
-    MARGIN, Runs, Stop, difference, effect, same, verdict, within_seeds,
+    MARGIN,
+    Runs,
+    Stop,
+    difference,
+    effect,
+    same,
+    verdict,
+    within_seeds,
 )  # fmt: skip
 from parity_tests.gap.findings import chain, conclusions
 from parity_tests.gap.trials import case_of, in_jaxfed, in_reference

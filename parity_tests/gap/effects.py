@@ -121,7 +121,7 @@ def within_seeds(after: dict[int, list[float]], before: dict[int, list[float]]) 
 
 def same(found: Effect) -> bool:
     """Whether the whole interval is within `MARGIN` of zero."""
-    return -MARGIN < found.low and found.high < MARGIN
+    return found.low > -MARGIN and found.high < MARGIN
 
 
 def verdict(found: Effect) -> str:

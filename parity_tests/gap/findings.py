@@ -6,8 +6,16 @@ from typing import Any
 
 from parity_tests.gap.arms import CHAINS, EPOCHS
 from parity_tests.gap.effects import (
-    CHANCE, Effect, Runs, Stop, difference, effect, same, verdict, within_seeds,
-)  # fmt: skip
+    CHANCE,
+    Effect,
+    Runs,
+    Stop,
+    difference,
+    effect,
+    same,
+    verdict,
+    within_seeds,
+)
 
 # --- The chain ------------------------------------------------------------------------------
 

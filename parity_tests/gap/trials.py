@@ -42,7 +42,8 @@ from parity_tests.reference import live
 from tff_reference.process import Worker
 
 Run = dict[str, Any]
-"""arm, system, seed, repeat, rate, chose; rounds, test {rule: [...]}, validation {rule: ...}, train; seconds."""
+"""arm, system, seed, repeat, rate, chose; rounds, test {rule: [...]}, validation {rule: ...},
+train; seconds."""
 
 DEADLINE = 3600.0
 DISPATCH = 5
@@ -144,8 +145,8 @@ def in_jaxfed(arm: Arm, setting: Setting, rate: float | None, programs: Programs
     while missing := _neighbours(setting.rates, tried):
         tried[missing[0]] = at(missing[0], first)
     best = _best(tried)
-    for rate in tried if arm.about_rates else (best,):
-        tried[rate] += at(rate, rest)
+    for each in tried if arm.about_rates else (best,):
+        tried[each] += at(each, rest)
     for repeat in range(1, setting.repeats if arm.repeated else 1):
         tried[best] += at(best, [_trial(arm, setting, seed, repeat) for seed in setting.seeds])
     return [run for rate in sorted(tried) for run in tried[rate]]
