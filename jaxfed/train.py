@@ -96,13 +96,13 @@ def _refusal(text: str, arguments: list[str]) -> ConfigError:
 def write_results(
     path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any]
 ) -> None:
-    """Writes what is made at the end: `summary.json`, `curves.png`, `report.html`."""
+    """Writes what is made at the end: `curves.png`, `report.html`, `summary.json`."""
     title = name_of(task.experiment)
-    folder.write_json(path / folder.SUMMARY, summary)
     folder.write_atomically(path / "curves.png", report.curves_png({title: history}))
     shown = {key: value for key, value in summary.items() if key != "versions"}
     page = report.report_html(title, {title: history}, [shown], task.experiment)
     folder.write_atomically(path / "report.html", page)
+    folder.write_json(path / folder.SUMMARY, summary)  # the last: it says that all is done
 
 
 def train(command: Command, console: Console) -> int:
