@@ -50,7 +50,8 @@ def save(path: Path, number: int, tree: Any, notes: dict[str, Any]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
     write_atomically(_file(path, number), content.getvalue())
-    for old in rounds(path)[KEEP:]:
+    past = [each for each in rounds(path) if each <= number]
+    for old in set(rounds(path)) - set(past[:KEEP]):  # later ones too: a future that was not
         _file(path, old).unlink()
 
 

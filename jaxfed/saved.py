@@ -46,10 +46,15 @@ def load_run(path: str | Path) -> SavedRun:
                 f"load_run: got {str(path)!r}, which has no {name}; expected the folder of a run "
                 "that has ended (of one point, if it was a sweep); finish it with --resume"
             )
+    return read(path, json.loads((path / folder.SUMMARY).read_text(encoding="utf-8")))
+
+
+def read(path: Path, summary: dict[str, Any]) -> SavedRun:
+    """Reads all but the summary, which is written last."""
     return SavedRun(
         from_json(path / folder.CONFIG),
         folder.read_rows(path),
-        json.loads((path / folder.SUMMARY).read_text(encoding="utf-8")),
+        summary,
         read_weights(path / WEIGHTS),
         read_clients(path / CLIENTS),
     )

@@ -101,8 +101,7 @@ def _refusal(text: str, arguments: list[str]) -> ConfigError:
 def write_results(
     path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final
 ) -> None:
-    """Writes what is made at the end: `summary.json`, the weights, the clients, the pictures."""
-    folder.write_json(path / folder.SUMMARY, summary)
+    """Writes what is made at the end: the weights, the clients, the pictures, `summary.json`."""
     saved.write_weights(path / saved.WEIGHTS, final.variables)
     table = label_table(task.partition, task.dataset.y_train, task.dataset.num_classes)
     rows = saved.client_rows(
@@ -110,8 +109,9 @@ def write_results(
     )
     folder.write_csv(path / saved.CLIENTS, rows)
     # From the files, so that a page can be made again from a folder, and is the same.
-    folder.write_atomically(path / "report.html", report.run_page(saved.load_run(path)))
+    folder.write_atomically(path / "report.html", report.run_page(saved.read(path, summary)))
     folder.write_atomically(path / "curves.png", report.curves_png({summary["name"]: history}))
+    folder.write_json(path / folder.SUMMARY, summary)  # the last: it says that all is done
 
 
 def write_sweep(home: Path, base: Experiment, runs: Sequence[report.SweepPoint]) -> None:

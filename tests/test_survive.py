@@ -72,6 +72,12 @@ def test_the_two_newest_are_kept(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_came_after_a_damaged_state_is_not_kept(tmp_path):
+    for number in (6, 8, 2):
+        checkpoint.save(tmp_path, number, tree_of(number), {})
+    assert checkpoint.rounds(tmp_path) == [2]
+
+
 def test_no_flipped_bit_is_believed(tmp_path):
     """Every byte of the file, one bit each: refused, or (in a date, say) of no consequence."""
     tree = {"w": jnp.asarray([1.0, 2.0], jnp.float32), "b": jnp.asarray(3, jnp.int32)}
