@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FULL = Setting((0, 1, 2), GRID, (3e-3, 1e-2), 25, 5, 4, 400, 2000, 2, 3)
-QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 16, 16, 2, 200, 1000, 1, 1)
+QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 24, 24, 2, 200, 1000, 1, 1)
 NUDGE = 1e-6
 """Every repeat starts from weights that are larger by another such part: by about their rounding.
 Training multiplies it until two runs are as far apart as two roundings of the same run can be."""
