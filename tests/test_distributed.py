@@ -81,8 +81,10 @@ def test_interrupted_by_one_process_and_resumed_equals_a_run_of_one(tmp_path):
     assert [row["round"] for row in rows_of(cut)] == list(range(1, 61))
     for row, expected in zip(rows_of(cut), rows_of(whole), strict=True):
         for key in METRICS:
-            # Sums in another order: up to 9e-16 were measured.
-            assert row[key] == pytest.approx(expected[key], rel=1e-12), (row["round"], key)
+            got, wanted = row[key], expected[key]
+            # Sums in another order: up to 9e-16 were measured. None: not evaluated.
+            same = got is None if wanted is None else got == pytest.approx(wanted, rel=1e-12)
+            assert same, (row["round"], key, got, wanted)
 
 
 @pytest.mark.slow
