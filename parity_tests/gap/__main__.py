@@ -66,7 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, Any]:
     """Runs what is not yet there, and writes `gap.json` and `report.html`."""
-    started = time.perf_counter()
     chosen = arms(setting, quick=quick)
     rate_of = {arm.name: arm.rate_of for arm in chosen}
     kept = _Kept(out / "runs", setting)
@@ -112,7 +111,6 @@ def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, A
         "setting": setting._asdict(),
         "device": device_name(),
         "versions": _versions(runs),
-        "seconds": round(time.perf_counter() - started, 1),
         "seconds_of_runs": round(sum(run["seconds"] for run in runs), 1),
         "arms": {arm.name: _described(arm) for arm in chosen},
         "runs": runs,

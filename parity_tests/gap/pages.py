@@ -84,9 +84,9 @@ def _claims(claims: list[dict[str, Any]]) -> Table:
         for each in claims
     ]  # fmt: skip
     text = (
-        "Advice as found on the web against its opposite, each side with the client learning rate "
-        "that is best for it. Supported: the interval is above zero; opposite: below; otherwise "
-        "not supported."
+        "Advice as found on the web against its opposite, each side at the client learning rate "
+        "that was chosen for it, with exact statistics. Supported: the interval is above zero; "
+        "opposite: below; otherwise not supported."
     )
     head = ("advice", "measured on", "followed", "not followed", "effect", "verdict")
     return Table("The usual advice", text, head, rows)
@@ -124,7 +124,8 @@ def _rates(content: dict[str, Any]) -> Table:
     return Table(
         "Chosen learning rates",
         "Of client Adam. Every arm went along the same grid from the same start until the best "
-        "rate had worse neighbours, on images that are neither trained nor tested on.",
+        f"rate had worse neighbours, on images that are neither trained nor tested on, in the mean "
+        f"over {content['setting']['tuning']} seeds.",
         ("arm", "rate"), rows,
     )  # fmt: skip
 
@@ -149,7 +150,6 @@ def setting(content: dict[str, Any]) -> str:
     grid = ", ".join(f"{rate:g}" for rate in s["rates"])
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     width = NETWORKS["MobileNet"]["model.width"]
-    minutes = f"{content['seconds_of_runs'] / 60:.0f} minutes"
     return (
         f"MobileNet is keras.applications' MobileNetV1 of width {width} on MNIST padded to 32x32. "
         f"{s['clients']} clients of {s['examples']} images, all of them in every one of "
@@ -158,8 +158,7 @@ def setting(content: dict[str, Any]) -> str:
         f"many steps on the same images. Tested on {s['held_out']} images of the test set, drawn "
         f"by seed; {len(s['seeds'])} seeds, and {s['repeats']} runs of each for MobileNet with IID "
         f"clients, in jaxfed and in TFF, whose mean counts. Dropout (0.001) is off. Made by "
-        f"`{content['command']}`: {len(content['runs'])} runs, {minutes} of them, "
-        f"two at a time, on {content['device']}. {versions}."
+        f"`{content['command']}`: {len(content['runs'])} runs on {content['device']}. {versions}."
     )
 
 

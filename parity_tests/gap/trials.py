@@ -43,7 +43,7 @@ from tff_reference.process import Worker
 
 Run = dict[str, Any]
 """arm, system, seed, repeat, rate, chose; rounds, test {rule: [...]}, validation {rule: ...},
-train; seconds."""
+train; seconds by the clock, pauses included."""
 
 DEADLINE = 3600.0
 DISPATCH = 5
