@@ -2,7 +2,7 @@
 
     JAXFED_DATA_DIR=... python -m benchmarks.collapse
 
-writes `docs/results/collapse.json` and prints the table that the README shows.
+writes `docs/results/collapse.json` and prints the table of `docs/batchnorm.md`.
 """
 
 import json

@@ -13,7 +13,7 @@ import pytest
 
 import jaxfed
 from jaxfed.experiment import override
-from parity_tests.gap import trials
+from parity_tests.gap import pages, trials
 from parity_tests.gap.__main__ import main
 from parity_tests.gap.arms import FULL, QUICK, Arm, Setting, arms
 from parity_tests.gap.effects import (
@@ -26,10 +26,11 @@ from parity_tests.gap.effects import (
     verdict,
     within_seeds,
 )  # fmt: skip
-from parity_tests.gap.findings import chain, conclusions
+from parity_tests.gap.findings import chain, conclusions, findings
 from parity_tests.gap.trials import case_of, in_jaxfed, in_reference
 from tff_reference.process import ROOT, Worker
 
+PUBLISHED = ROOT / "docs" / "results" / "gap.json"
 MNIST = Path(os.environ.get("JAXFED_DATA_DIR", "")) / "mnist"
 
 SMALL = Setting((0, 1), (0.01, 0.03), (0.01,), 4, 2, 3, 20, 50, 2, 1)
@@ -305,3 +306,70 @@ def test_bad_input_is_refused(capsys):
         main(["--quick", "--publish"])
     assert caught.value.code == 2
     assert "--publish: got --quick too" in capsys.readouterr().err
+
+
+# --- What is committed ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    return json.loads(PUBLISHED.read_text())
+
+
+def test_the_published_pages_are_made_of_the_published_numbers(published):
+    assert (ROOT / "docs" / "gap.md").read_text() == pages.markdown(published)
+    readme = (ROOT / "README.md").read_text()
+    assert pages.in_readme(readme, published) == readme
+    for name in pages.figures(published):
+        assert f"({name}.svg)" in (ROOT / "docs" / "gap.md").read_text()
+        assert (ROOT / "docs" / f"{name}.svg").exists()
+
+
+def test_the_published_findings_follow_from_the_published_runs(published):
+    rate_of = {name: arm["rate_of"] for name, arm in published["arms"].items()}
+    again = findings(Runs(published["runs"], rate_of), rate_of, quick=False)
+    ours, theirs = (leaves(json.loads(json.dumps(f))) for f in (again, published["findings"]))
+    assert ours.keys() == theirs.keys()
+    for path, value in ours.items():
+        # Student's t is not the same to the last digit in every version of SciPy.
+        same = pytest.approx(theirs[path], abs=1e-9) if type(value) is float else theirs[path]
+        assert value == same, path
+
+
+def leaves(tree, path=()):
+    """What is at every end of nested dicts and lists, by the way there."""
+    if not isinstance(tree, dict | list):
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {p: leaf for key, sub in items for p, leaf in leaves(sub, (*path, key)).items()}
+
+
+def test_the_published_study_is_of_the_present_arms(published):
+    assert published["setting"] == json.loads(json.dumps(FULL._asdict()))
+    assert list(published["arms"]) == [arm.name for arm in arms(FULL, quick=False)]
+    for arm in arms(FULL, quick=False):
+        runs = [run for run in published["runs"] if run["arm"] == arm.name]
+        assert {run["seed"] for run in runs} == set(FULL.seeds)
+        assert arm.reference == any(run["system"] != "jaxfed" for run in runs)
+
+
+def test_no_published_arm_is_untuned(published):
+    """Every arm's rate is better on validation images than its neighbours on the grid."""
+    for arm in arms(FULL, quick=False):
+        if arm.rate_of is not None:
+            continue
+        runs = [r for r in published["runs"] if (r["arm"], r["system"]) == (arm.name, "jaxfed")]
+        scores = {}
+        for run in runs:
+            if run["chose"]:
+                scores.setdefault(run["rate"], []).append(run["validation"][trials.honest(run)])
+        best = max(scores, key=lambda rate: np.mean(scores[rate]))
+        place = FULL.rates.index(best)
+        assert set(FULL.rates[max(place - 1, 0) : place + 2]) <= scores.keys(), arm.name
+        assert published["findings"]["rates"][arm.name] == best
+
+
+def test_every_published_conclusion_holds(published):
+    held = [each["holds"] for each in published["findings"]["conclusions"]]
+    assert False not in held
+    assert held.count(True) >= 14
