@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxfed.model import Tree
 
@@ -23,6 +23,7 @@ def map_sum(
     seats: Any,
     chunk: int | None,
     mesh: Mesh | None = None,
+    work: Int[Array, " clients"] | None = None,
 ) -> tuple[Tree, Tree]:
     """Runs `contribute(shared, seat) -> (summands, report)` for every seat of a cohort.
 
@@ -38,14 +39,18 @@ def map_sum(
         n for chunks of n; the cohort is filled up with empty seats to a multiple of n.
       mesh: devices that share the clients evenly, whatever the mesh's axes; None is one device.
         Each adds up its own clients, and one all-reduce of the sums ends the round.
+      work: how long each seat takes, in any unit; None if they are alike. Seats that take as long
+        share a chunk, which takes as long as its longest, and every device has its share of them.
 
     Returns:
       The summands added over all clients, and the reports stacked on a leading axis.
     """
-    if mesh is None or mesh.size == 1:
+    count, devices = jax.tree.leaves(seats)[0].shape[0], 1 if mesh is None else mesh.size
+    if work is not None and (devices > 1 or chunk not in (None, 1)):
+        return _sorted(contribute, shared, seats, chunk, mesh, work)
+    if mesh is None or devices == 1:
         return _sum(lambda seat: contribute(shared, seat), seats, chunk)
-    count = jax.tree.leaves(seats)[0].shape[0]
-    missing = -count % mesh.size
+    missing = -count % devices
     seats = jax.tree.map(lambda leaf: _filled(leaf, missing), seats)
     axes = mesh.axis_names
 
@@ -57,6 +62,21 @@ def map_sum(
         of_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=(P(), P(axes)), check_vma=False
     )(shared, seats)
     return total, jax.tree.map(lambda leaf: leaf[:count], reports)
+
+
+def _sorted(
+    contribute: Callable[[Any, Any], tuple[Tree, Tree]], shared: Any, seats: Any,
+    chunk: int | None, mesh: Mesh | None, work: Int[Array, " clients"],
+) -> tuple[Tree, Tree]:  # fmt: skip
+    """The longest first, and dealt out to the devices in turn."""
+    count, devices = work.shape[0], 1 if mesh is None else mesh.size
+    missing = -count % devices
+    order = jnp.argsort(-_filled(work, missing), stable=True)
+    order = order.reshape(-1, devices).T.reshape(-1)
+    ordered = jax.tree.map(lambda leaf: _filled(leaf, missing)[order], seats)
+    total, reports = map_sum(contribute, shared, ordered, chunk, mesh)
+    back = jnp.argsort(order)[:count]
+    return total, jax.tree.map(lambda leaf: leaf[back], reports)
 
 
 def _sum(

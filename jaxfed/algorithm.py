@@ -21,6 +21,7 @@ from jaxfed.client import (
     full_gradient,
     local_training,
     make_trainer,
+    steps_of,
 )
 from jaxfed.experiment import BatchStats
 from jaxfed.model import Model, Tree, Variables
@@ -261,6 +262,7 @@ def averaging(
             _Seat(jnp.asarray(plan.clients), jnp.asarray(plan.rows)),
             chunk,
             mesh,
+            steps_of(jnp.asarray(plan.rows)),
         )
         # TFF: divides as it is; if nobody is left, its server rejects the NaN, to the same effect.
         some = total.weight > 0

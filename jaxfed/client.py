@@ -4,7 +4,7 @@ Every function here is for a single client; `jaxfed.aggregate` runs it for many.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,19 @@ def _masked_grad(model: Model, loss: LossFn, dtype: DTypeLike) -> Callable:
     return masked_grad
 
 
+def steps_of(index: Int[Array, "*clients steps batch"]) -> Int[Array, "*clients"]:
+    """How many steps it takes to come to the end of a table: what follows is padding."""
+    real = (index >= 0).any(axis=-1)
+    return jnp.max(jnp.where(real, jnp.arange(1, index.shape[-2] + 1), 0), axis=-1)
+
+
+def _no_report(masked_grad: Callable, *arguments: Any) -> BatchReport:
+    """Zeros, in the precision in which steps report."""
+    variables, examples, index, key = arguments
+    report = jax.eval_shape(masked_grad, variables, examples, index[0], key)[2]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report)
+
+
 def _where(condition: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     # The old dtype stands: a module may keep its statistics in another precision than it computes.
     return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
@@ -125,7 +138,7 @@ def make_trainer(
     $$w \leftarrow w - \mathrm{opt}\big(\nabla \ell(w; b) + \mu (w - w_\mathrm{start})\big)$$
 
     A step whose rows are all padding changes nothing: neither weights, nor statistics, nor the
-    optimizer's state.
+    optimizer's state. Those at the end of the table are not computed.
     """
     masked_grad = _masked_grad(model, loss, dtype)
 
@@ -133,9 +146,9 @@ def make_trainer(
         start: Variables, opt_state: optax.OptState, examples: Examples,
         index: Int[Array, "steps batch"], key: PRNGKeyArray,
     ) -> tuple[Variables, optax.OptState, BatchReport]:  # fmt: skip
-        def step(carry: tuple, inputs: tuple) -> tuple[tuple, BatchReport]:
-            variables, opt_state = carry
-            rows, number = inputs
+        def step(number: Array, carry: tuple) -> tuple:
+            (variables, opt_state), total = carry
+            rows = index[number]
             gradient, stats, report = masked_grad(
                 variables, examples, rows, jax.random.fold_in(key, number)
             )
@@ -147,11 +160,14 @@ def make_trainer(
             updates, new_state = optimizer.update(gradient, opt_state, variables.params)
             params = optax.apply_updates(variables.params, updates)
             new = (Variables(params, stats), new_state)
-            return _where(rows.max() >= 0, new, carry), report
+            old = (variables, opt_state)
+            return _where(rows.max() >= 0, new, old), jax.tree.map(jnp.add, total, report)
 
-        numbers = jnp.arange(index.shape[0])
-        (variables, opt_state), reports = jax.lax.scan(step, (start, opt_state), (index, numbers))
-        return variables, opt_state, jax.tree.map(lambda leaf: leaf.sum(axis=0), reports)
+        none = _no_report(masked_grad, start, examples, index, key)
+        (variables, opt_state), total = jax.lax.fori_loop(
+            0, steps_of(index), step, ((start, opt_state), none)
+        )
+        return variables, opt_state, total
 
     return train
 
@@ -196,19 +212,21 @@ def full_gradient(
     def update(
         server: Variables, examples: Examples, index: Int[Array, "steps batch"], key: PRNGKeyArray
     ) -> ClientUpdate:
-        def step(carry: tuple, inputs: tuple) -> tuple[tuple, BatchReport]:
-            total, stats = carry
-            rows, number = inputs
+        def step(number: Array, carry: tuple) -> tuple:
+            total, stats, reports = carry
+            rows = index[number]
             gradient, new_stats, report = masked_grad(
                 Variables(server.params, stats), examples, rows, jax.random.fold_in(key, number)
             )
             total = jax.tree.map(lambda t, g: t + report.num_examples * g, total, gradient)
-            return (total, _where(rows.max() >= 0, new_stats, stats)), report
+            stats = _where(rows.max() >= 0, new_stats, stats)
+            return total, stats, jax.tree.map(jnp.add, reports, report)
 
         zeros = jax.tree.map(jnp.zeros_like, server.params)
-        numbers = jnp.arange(index.shape[0])
-        (total, stats), reports = jax.lax.scan(step, (zeros, server.stats), (index, numbers))
-        report = jax.tree.map(lambda leaf: leaf.sum(axis=0), reports)
+        none = _no_report(masked_grad, server, examples, index, key)
+        total, stats, report = jax.lax.fori_loop(
+            0, steps_of(index), step, (zeros, server.stats, none)
+        )
         count = jnp.maximum(report.num_examples, 1)
         return ClientUpdate(jax.tree.map(lambda t: t / count, total), stats, *report)
 

@@ -20,6 +20,7 @@ from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central,
 from jaxfed.client import Examples
 from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator, row_scorer
 from jaxfed.experiment import Experiment
+from jaxfed.machine import mending
 from jaxfed.model import Variables
 from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, make_plan, stack_plans
@@ -29,8 +30,9 @@ EVAL_BATCH = 200
 PLAN_BYTES = 64 * 2**20
 """Plans of so many bytes at most are on the device at a time."""
 
-AUTO_CHUNK = {"cpu": 10, "gpu": 128, "tpu": 128}
-"""Clients at once under `parallel="auto"`; measured on CPU, not yet on the others."""
+AUTO_CHUNK = {"cpu": 1, "gpu": 128, "tpu": 128}
+"""Clients at once on a device under `parallel="auto"`. Measured on CPU (benchmarks/README.md): one
+client's arrays fit into a core's cache, those of ten do not. Not yet measured on the others."""
 
 Knob = Float[Array, "*points"] | float
 
@@ -90,10 +92,14 @@ def chunk_of(experiment: Experiment) -> int | None:
     return int(experiment.parallel)
 
 
-def all_devices() -> Mesh | None:
-    """All devices of all processes, to share clients and batches; None if there is only one."""
+def all_devices(experiment: Experiment) -> Mesh | None:
+    """All devices of all processes, to share clients and batches; None to compute on the first.
+
+    Central training is one sequence of steps, which nothing can share.
+    """
     devices = jax.devices()
-    return None if len(devices) == 1 else Mesh(np.asarray(devices), ("clients",))
+    alone = experiment.algorithm == "central" and jax.process_count() == 1
+    return None if alone or len(devices) == 1 else Mesh(np.asarray(devices), ("clients",))
 
 
 def replicated(tree: Any, mesh: Mesh | None) -> Any:
@@ -182,7 +188,7 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
         knobs_of(task.experiment) for task in tasks
     ))  # fmt: skip
     dataset = first.dataset
-    mesh = all_devices()
+    mesh = all_devices(first.experiment)
     train_set, test_set, test_index, train_index, knobs = replicated(
         (
             Examples(dataset.x_train, dataset.y_train),
@@ -223,10 +229,11 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
     # Nothing is donated: a run that diverges goes back to the state that it came from.
     train_program = jax.jit(train_points, out_shardings=everywhere)
     evaluate_program = jax.jit(evaluate_points, out_shardings=everywhere)
-    train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
-    evaluate_compiled = evaluate_program.lower(
-        state, test_set, test_index, train_set, train_index
-    ).compile()
+    with mending():
+        train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
+        evaluate_compiled = evaluate_program.lower(
+            state, test_set, test_index, train_set, train_index
+        ).compile()
     return Program(
         tasks, length, train_compiled, evaluate_compiled, knobs, train_set, test_set, test_index,
         train_index, state, mesh, time.perf_counter() - started,
@@ -271,16 +278,19 @@ def segments(
     state = good = program.state if state is None else state
     variables = state.variables
     pasts = [list(rows) for rows in histories or [[] for _ in tasks]]
+    plans = _plans(tasks, done + 1, program.length)
     for start in range(done + 1, experiment.rounds + 1, program.length):
         if all(_is_over(past) for past in pasts):
             return
         with precision(experiment):
             before = time.perf_counter()
-            plans = replicated(_plans(tasks, start, program.length), program.mesh)
-            state, metrics = program.train(program.knobs, state, program.train_set, plans)
+            last = start + program.length - 1
+            placed = replicated(plans, program.mesh)
+            state, metrics = program.train(program.knobs, state, program.train_set, placed)
+            if last < experiment.rounds:  # the next rounds are planned while these are computed
+                plans = _plans(tasks, last + 1, program.length)
             metrics = jax.device_get(metrics)
             trained = time.perf_counter()
-            last = start + program.length - 1
             scores, evaluated = None, variables
             if last % experiment.eval_every == 0 or last == experiment.rounds:
                 scores, evaluated = program.evaluate(

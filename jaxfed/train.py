@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from jaxfed import distributed, folder, manual, report, saved, screen, tensorboard
+from jaxfed import distributed, folder, machine, manual, report, saved, screen, tensorboard
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, dotted_keys, expected, from_json
 from jaxfed.prepare import Task, prepare
@@ -329,6 +329,9 @@ def _carried_out(given: Sequence[str]) -> int:
         width = manual.terminal_width()
         print(manual.help_text(command, width) if asks_help else manual.list_text(width), end="")
         return 0
+    if command.distributed is None:
+        machine.use_all_cores()
+    machine.keep_programs()
     distributed.start(command.distributed)
     code = train(command, Console(quiet=command.quiet or not distributed.leads()))
     distributed.stop()

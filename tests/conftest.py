@@ -9,6 +9,7 @@ import pytest
 QUICK = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
+    "JAX_NUM_CPU_DEVICES": "1",  # the tests share the cores already
 }
 for name, value in ({"JAX_PLATFORMS": "cpu"} | QUICK).items():
     os.environ.setdefault(name, value)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -9,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxfed.models.conv import patches_conv
+from jaxfed.models.conv import conv_of
 
 NormName = Literal["batch", "group", "layer", "none"]
 
@@ -54,7 +55,7 @@ def conv(
         # Keras: its depthwise kernel is (h, w, C, 1), ours (h, w, 1, C). Glorot's bound depends on
         # fan_in + fan_out only, h * w * (C + 1) in both.
         kernel_init=nnx.initializers.glorot_uniform(),
-        conv_general_dilated=patches_conv,
+        conv_general_dilated=conv_of(jax.default_backend()),
         rngs=rngs,
     )
 

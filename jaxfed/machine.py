@@ -1,0 +1,69 @@
+"""What a command asks of JAX before its first device: every core, and its compiled programs kept.
+
+They are settings of a whole process. `python -m jaxfed.train` makes them; a library does not, so
+who imports jaxfed and wants them calls `use_all_cores()` and `keep_programs()` first of all.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+
+from jaxfed.data import cache
+
+MAX_CPU_DEVICES = 8
+"""Each holds a copy of the data."""
+PATIENCE = (
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=1000000"
+)
+"""XLA ends a process in which one device waits 40 s for another. Clients may differ by more."""
+
+
+def use_all_cores() -> None:
+    """Makes every CPU core (up to 8) a device of its own, to train clients side by side.
+
+    One client's layers are too small to keep several cores busy. Has no effect where there is a
+    GPU or TPU, which is used instead, or once JAX has been used; `JAX_NUM_CPU_DEVICES`, or the
+    number of devices in `XLA_FLAGS`, has its way.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags:
+        return
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                else os.cpu_count() or 1, MAX_CPU_DEVICES)  # fmt: skip
+    with suppress(RuntimeError):  # JAX has been used before
+        jax.config.update("jax_num_cpu_devices", cores)
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in `JAXFED_CACHE_DIR` for the next process that needs the same.
+
+    `JAX_COMPILATION_CACHE_DIR` has its way.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(_programs()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _programs() -> Path:
+    return cache.root() / "programs"
+
+
+@contextmanager
+def mending() -> Iterator[None]:
+    """Compiles again what cannot be read, and then drops what is kept: a write was cut short."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    ours = [w for w in caught if "persistent compilation cache entry" in str(w.message)]
+    if ours:
+        shutil.rmtree(_programs(), ignore_errors=True)
+    for each in caught:
+        if each not in ours:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
