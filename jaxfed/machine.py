@@ -1,7 +1,8 @@
 """What a command asks of JAX before its first device: every core, and its compiled programs kept.
 
 They are settings of a whole process. `python -m jaxfed.train` makes them; a library does not, so
-who imports jaxfed and wants them calls `use_all_cores()` and `keep_programs()` first of all.
+who imports jaxfed and wants them calls `use_all_cores()` first of all and works `with
+kept_programs()`.
 """
 
 import os
@@ -9,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,29 +42,31 @@ def use_all_cores() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
 
 
-def keep_programs() -> None:
-    """Keeps compiled programs in `JAXFED_CACHE_DIR` for the next process that needs the same.
-
-    `JAX_COMPILATION_CACHE_DIR` has its way.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(_programs()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _programs() -> Path:
-    return cache.root() / "programs"
-
-
 @contextmanager
-def mending() -> Iterator[None]:
-    """Compiles again what cannot be read, and then drops what is kept: a write was cut short."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def kept_programs() -> Iterator[None]:
+    """Keeps compiled programs in `JAXFED_CACHE_DIR`, for the next process that needs the same.
+
+    A process that was killed may have left half a program. That is compiled again, and all are
+    dropped at the end, since JAX would never write it anew. `JAX_COMPILATION_CACHE_DIR` has its
+    way.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         yield
-    ours = [w for w in caught if "persistent compilation cache entry" in str(w.message)]
-    if ours:
-        shutil.rmtree(_programs(), ignore_errors=True)
-    for each in caught:
-        if each not in ours:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return
+    folder, show, broken = cache.root() / "programs", warnings.showwarning, []
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    def shown(message: Any, *where: Any) -> None:
+        if "persistent compilation cache entry" in str(message):
+            broken.append(message)
+        else:
+            show(message, *where)
+
+    warnings.showwarning = shown
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+        if broken:
+            shutil.rmtree(folder, ignore_errors=True)

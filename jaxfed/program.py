@@ -20,7 +20,6 @@ from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central,
 from jaxfed.client import Examples
 from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator, row_scorer
 from jaxfed.experiment import Experiment
-from jaxfed.machine import mending
 from jaxfed.model import Variables
 from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, make_plan, stack_plans
@@ -229,11 +228,10 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
     # Nothing is donated: a run that diverges goes back to the state that it came from.
     train_program = jax.jit(train_points, out_shardings=everywhere)
     evaluate_program = jax.jit(evaluate_points, out_shardings=everywhere)
-    with mending():
-        train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
-        evaluate_compiled = evaluate_program.lower(
-            state, test_set, test_index, train_set, train_index
-        ).compile()
+    train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
+    evaluate_compiled = evaluate_program.lower(
+        state, test_set, test_index, train_set, train_index
+    ).compile()
     return Program(
         tasks, length, train_compiled, evaluate_compiled, knobs, train_set, test_set, test_index,
         train_index, state, mesh, time.perf_counter() - started,

@@ -331,9 +331,9 @@ def _carried_out(given: Sequence[str]) -> int:
         return 0
     if command.distributed is None:
         machine.use_all_cores()
-    machine.keep_programs()
     distributed.start(command.distributed)
-    code = train(command, Console(quiet=command.quiet or not distributed.leads()))
+    with machine.kept_programs():
+        code = train(command, Console(quiet=command.quiet or not distributed.leads()))
     distributed.stop()
     return code
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from toys import assert_close, clients_of, examples, naive_round, net, plan_of
 
-from jaxfed import Cohort, Examples, Variables, central, fedavg, fedsgd, optimizer
+from jaxfed import Cohort, Examples, Model, Variables, central, fedavg, fedsgd, optimizer
 from jaxfed.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -254,6 +254,26 @@ def test_an_empty_client_has_no_weight():
     left, _ = settled(algorithm, model, data, plan_of(clients_of(5, 0, 3)))
     right, _ = settled(algorithm, model, data, plan_of(clients_of(5, 3)))
     assert_close(left.variables, right.variables, 1e-14)
+
+
+@pytest.mark.parametrize(("chunk", "computed"), [(1, 1 + 4 + 2), (2, 2 * 4 + 2 * 1), (None, 3 * 4)])
+def test_padding_at_the_end_is_not_computed(chunk, computed):
+    """Clients of 1, 4 and 2 steps; what a chunk computes is its longest client's for each."""
+    model, data, seen = net(), examples(28), []
+
+    def apply(variables, images, mask, train, key):
+        jax.debug.callback(lambda rows: seen.append(int(rows)), mask.sum())
+        return model.apply(variables, images, mask, train, key)
+
+    plan = plan_of(clients_of(4, 16, 8), 1, epochs=1)
+    algorithm = fedavg(
+        Model(model.init, apply), optimizer("sgd", 0.1), chunk=chunk, dtype=jnp.float64
+    )
+    state = algorithm.init(model.init(jax.random.key(0)))
+    jax.block_until_ready(jax.jit(algorithm.round)(state, Cohort(data, plan)))
+    jax.effects_barrier()
+    assert sum(rows > 0 for rows in seen) == 7
+    assert len(seen) == computed
 
 
 def test_a_second_round_does_not_trace_again():
