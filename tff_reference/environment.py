@@ -40,6 +40,10 @@ class Contents(NamedTuple):
     module: str
     free_bytes: int
     cost: str
+    variable: str | None = "JAXFED_TFF_ENV"
+    """The environment variable that may name a folder for it."""
+    complete: bool = True
+    """False: packages may need others on some machines (a build for CUDA, its libraries)."""
 
 
 TFF = Contents(
@@ -67,14 +71,15 @@ def ensure(contents: Contents = TFF, pythons: Sequence[str] | None = None) -> Pa
       RuntimeError: it could not be made, or the one that `$JAXFED_TFF_ENV` names does not work.
     """
     wanted = hashlib.sha256(contents.requirements.read_bytes()).hexdigest()[:12]
-    explicit = os.environ.get("JAXFED_TFF_ENV")
+    explicit = os.environ.get(contents.variable) if contents.variable else None
     name = f"{contents.name}-{wanted}-py{PYTHON}"
     folder = Path(explicit).expanduser().absolute() if explicit else _cache() / name
     if _finished(folder, wanted):
         return _interpreter(folder)
     if explicit and _foreign(folder):
         return _adopt(folder, contents, wanted)
-    python = _suitable([sys.executable, *_on_path()] if pythons is None else pythons)
+    here = [sys.executable, *_on_path()] if pythons is None else pythons
+    python = _suitable(here, contents.module)
     with _locked(folder):
         if not _finished(folder, wanted):  # another process may have made it meanwhile
             _make(folder, python, contents, wanted)
@@ -113,23 +118,25 @@ def _foreign(folder: Path) -> bool:
 
 def _adopt(folder: Path, contents: Contents, wanted: str) -> Path:
     """Uses an environment that was not made here, if it holds what it should."""
-    remedy = "make it so, or name an empty folder, or unset JAXFED_TFF_ENV"
+    remedy = f"make it so, or name an empty folder, or unset {contents.variable}"
     expected = f"expected an environment with the packages of {contents.requirements}"
     if not _interpreter(folder).exists():
         raise RuntimeError(
-            f"JAXFED_TFF_ENV: got {folder}, which has no bin/python; {expected}: {remedy}"
+            f"{contents.variable}: got {folder}, which has no bin/python; {expected}: {remedy}"
         )
     _say(f"Checking {folder}, which was not made here ...")
     with tempfile.TemporaryDirectory() as scratch:
         if failure := _check(_interpreter(folder), contents, Path(scratch) / "check.log"):
-            raise RuntimeError(f"JAXFED_TFF_ENV: got {folder}, {expected}: {remedy}\n{failure}")
+            raise RuntimeError(
+                f"{contents.variable}: got {folder}, {expected}: {remedy}\n{failure}"
+            )
     with suppress(PermissionError):  # a folder shared read-only is checked every time
         _finish(folder, wanted)
     return _interpreter(folder)
 
 
-def _suitable(pythons: Sequence[str]) -> str:
-    """The first interpreter that can run TFF and make environments."""
+def _suitable(pythons: Sequence[str], module: str = TFF.module) -> str:
+    """The first interpreter that can run what is pinned and make environments."""
     probe = (
         "import ensurepip, sys, sysconfig, venv\n"
         "print('%d.%d' % sys.version_info[:2], sysconfig.get_platform())"
@@ -144,7 +151,7 @@ def _suitable(pythons: Sequence[str]) -> str:
                 return python
             seen.append(f"{python} ({said})")
     raise NoPython(
-        f"TensorFlow Federated: got {', '.join(seen) or 'no Python at all'}; expected Python "
+        f"{module}: got {', '.join(seen) or 'no Python at all'}; expected Python "
         f"{PYTHON} on {SYSTEM}, with venv and ensurepip; install one (Debian: python{PYTHON}-venv, "
         f"too) and put it on PATH as python{PYTHON}"
     )
@@ -180,12 +187,13 @@ def _make(folder: Path, python: str, contents: Contents, wanted: str) -> None:
         raise RuntimeError(
             f"{folder}: got {free / 1e9:.1f} GB of free disk, expected "
             f"{contents.free_bytes / 1e9:.1f} GB; free some, or name a folder on another disk in "
-            "JAXFED_TFF_ENV or JAXFED_CACHE_DIR"
+            f"{f'{contents.variable} or ' if contents.variable else ''}JAXFED_CACHE_DIR"
         )
     _say(f"Making the environment {folder} ({contents.cost}) ...")
     begin = time.monotonic()
     log = folder / "make.log"
-    install = ["-m", "pip", "install", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    install = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    install += ["--no-deps"] if contents.complete else []
     made = _interpreter(folder)
     failure = (
         run("venv", [python, "-m", "venv", str(folder)], log, deadline=300)
@@ -209,7 +217,8 @@ def _check(python: Path, contents: Contents, log: Path) -> str:
         "import importlib, sys\n"
         "from importlib.metadata import version\n"
         "pins = [pin.split('==') for pin in sys.argv[2:]]\n"
-        "wrong = [(n, version(n), 'expected', v) for n, v in pins if version(n) != v]\n"
+        "got = {n: version(n).partition('+')[0] for n, _ in pins}\n"  # 2.13.0+cpu is 2.13.0
+        "wrong = [(n, got[n], 'expected', v) for n, v in pins if got[n] != v]\n"
         "sys.exit(str(wrong)) if wrong else importlib.import_module(sys.argv[1])\n"
     )
     command = [str(python), "-c", script, contents.module, *pins]

@@ -149,18 +149,18 @@ def _wait(running: _Running, folder: Path, deadline: float, case: str) -> dict:
             os.killpg(process.pid, signal.SIGTERM)  # it then logs where it was
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-            what = f"the TFF worker was ended, not done after {deadline:g} s; give it more time"
+            what = f"the worker was ended, not done after {deadline:g} s; give it more time"
             raise WorkerError(_message(case, what, log))
         time.sleep(POLL)
 
 
 def _death(code: int) -> str:
     if code >= 0:
-        return f"the TFF worker ended by itself with exit code {code}"
+        return f"the worker ended by itself with exit code {code}"
     name = signal.Signals(-code).name
     if name == "SIGKILL":
         name += ", as the system does when memory runs out: make the case smaller or free some"
-    return f"the TFF worker was killed by {name}"
+    return f"the worker was killed by {name}"
 
 
 def _message(case: str, what: str, log: Path) -> str:
