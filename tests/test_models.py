@@ -12,7 +12,7 @@ from jax import lax
 from jaxfed import from_nnx
 from jaxfed.experiment import ConfigError
 from jaxfed.models import MODELS, build, builder
-from jaxfed.models.conv import conv_of, patches_conv, shifts_conv
+from jaxfed.models.conv import patches_conv
 from jaxfed.models.layers import BatchNorm, GroupNorm, LayerNorm, conv, max_pool, norm, relu6
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -76,7 +76,7 @@ CONVOLUTIONS = [
     Case((7, 6, 3), (3, 3, 3, 5), (2, 2), "SAME"),
     Case((7, 6, 1), (5, 3, 1, 4), (2, 1), "SAME"),
     Case((8, 9, 2), (3, 2, 2, 3), (3, 2), ((0, 1), (2, 0))),
-    Case((7, 6, 9), (3, 2, 9, 4), (2, 1), "SAME"),  # channels enough for one product a position
+    Case((7, 6, 9), (3, 2, 9, 4), (2, 1), "SAME"),
     Case((6, 5, 4), (1, 1, 4, 3), (1, 1), "SAME"),
     Case((6, 5, 4), (1, 1, 4, 3), (2, 2), "VALID"),
     Case((7, 6, 4), (3, 3, 1, 4), (1, 1), "SAME", 4),
@@ -107,46 +107,35 @@ def value_and_pullback(conv, case):
     return both
 
 
-LOWERINGS = pytest.mark.parametrize("ours", [patches_conv, shifts_conv])
-
-
-@LOWERINGS
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolution_and_gradients_equal_lax(x64, case, ours):
+def test_convolution_and_gradients_equal_lax(x64, case):
     x, k = normal(0, 2, *case.image), normal(1, *case.kernel)
     got, expected = (
-        jax.jit(value_and_pullback(f, case))(x, k) for f in (ours, lax.conv_general_dilated)
+        jax.jit(value_and_pullback(f, case))(x, k) for f in (patches_conv, lax.conv_general_dilated)
     )
     assert_close(got, expected)
 
 
-@LOWERINGS
 @pytest.mark.parametrize("case", CONVOLUTIONS[1:12:3], ids=str)
-def test_convolution_of_many_clients(x64, case, ours):
+def test_convolution_of_many_clients(x64, case):
     x, k = normal(0, 3, 2, *case.image), normal(1, 3, *case.kernel)
-    got = jax.jit(jax.vmap(value_and_pullback(ours, case)))(x, k)
+    got = jax.jit(jax.vmap(value_and_pullback(patches_conv, case)))(x, k)
     one_by_one = value_and_pullback(lax.conv_general_dilated, case)
     mapped = jax.jit(lambda x, k: lax.map(lambda pair: one_by_one(*pair), (x, k)))
     assert_close(got, mapped(x, k))
 
 
-@LOWERINGS
-def test_bfloat16_products_are_added_up_in_float32(ours):
+def test_bfloat16_products_are_added_up_in_float32():
     case = Case((9, 9, 16), (3, 3, 16, 8), (1, 1), "SAME")
     x, k = normal(0, 4, *case.image), normal(1, *case.kernel)
     x, k = x.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
-    got = jax.jit(lambda x, k: ours(x, k, (1, 1), "SAME", dimension_numbers=NHWC))(x, k)
+    got = jax.jit(lambda x, k: patches_conv(x, k, (1, 1), "SAME", dimension_numbers=NHWC))(x, k)
     wide = lax.conv_general_dilated(
         x.astype(jnp.float32), k.astype(jnp.float32), (1, 1), "SAME", dimension_numbers=NHWC
     )
     assert got.dtype == jnp.bfloat16
     # One rounding at the end; sums in bfloat16 would be off by several.
     assert jnp.all(jnp.abs(got.astype(jnp.float32) - wide) <= jnp.abs(wide) * 2**-8 + 1e-6)
-
-
-def test_the_convolution_of_a_backend():
-    assert conv_of("cpu") is shifts_conv
-    assert conv_of("gpu") is conv_of("tpu") is patches_conv
 
 
 def test_dilated_convolution_falls_back_to_lax(x64):
@@ -158,8 +147,7 @@ def test_dilated_convolution_falls_back_to_lax(x64):
     )
 
 
-@LOWERINGS
-def test_second_derivative(x64, ours):
+def test_second_derivative(x64):
     x, k = normal(0, 2, 5, 5, 2), normal(1, 3, 3, 2, 3)
 
     def hessian_product(conv):
@@ -168,7 +156,7 @@ def test_second_derivative(x64, ours):
 
         return jax.jit(jax.grad(lambda k: jnp.vdot(jax.grad(loss)(k), k)))(k)
 
-    assert_close(hessian_product(ours), hessian_product(lax.conv_general_dilated))
+    assert_close(hessian_product(patches_conv), hessian_product(lax.conv_general_dilated))
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet-v1"])

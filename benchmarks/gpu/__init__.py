@@ -24,10 +24,9 @@ in the same precision; `of_bandwidth` is the time to read and write every operan
 time that it took: the nearer to 1 the larger of the two, the less there is to gain.
 
 - lowerings: ms of one step (forward and backward) of all clients. `grouped` is `vmap` of
-  `lax.conv`, `sequential` is `lax.map` of it; `patches` and `shifts` are `vmap` of the functions of
-  `jaxfed.models.conv` (one function, if depthwise), `..., sequential` is `lax.map` of them. Outputs
-  and gradients have to be those of `sequential` in float32, within rounding (`gap`); anything else
-  is an error. What is fastest is for `conv_of` to return.
+  `lax.conv`, `sequential` is `lax.map` of it; `patches` (dense) and `shifts` (depthwise) are `vmap`
+  of `jaxfed.models.conv.patches_conv`, with `sequential` `lax.map` of it. Outputs and gradients
+  have to be those of `sequential` in float32, within rounding (`gap`); anything else is an error.
 - jobs: `ms` of a round of the compiled program; `user_ms` of the same round through
   `jaxfed.program.segments`, planning on the host included (`plan_ms`). What `parallel` is fastest
   for 100 clients and more is what `AUTO_CHUNK["gpu"]` should be; chunks as large as the cohort are

@@ -20,7 +20,7 @@ from benchmarks.gpu.measure import (
     one_line,
     ratio,
 )  # fmt: skip
-from jaxfed.models.conv import patches_conv, shifts_conv
+from jaxfed.models.conv import patches_conv
 
 
 class Layer(NamedTuple):
@@ -111,16 +111,13 @@ def shoot_out(layer: Layer, clients: int, batch: int, steps: int, found: Found) 
 
 def lowerings(layer: Layer) -> dict[str, tuple[Callable, Callable]]:
     """By name: the convolution, and what maps a client's step over all."""
-    found = {
+    ours = "shifts" if layer.depthwise else "patches"
+    return {
         "sequential": (lax.conv_general_dilated, one_by_one),
         "grouped": (lax.conv_general_dilated, jax.vmap),
-        "shifts": (shifts_conv, jax.vmap),
-        "shifts, sequential": (shifts_conv, one_by_one),
+        ours: (patches_conv, jax.vmap),
+        f"{ours}, sequential": (patches_conv, one_by_one),
     }
-    if not layer.depthwise:  # where both are the same
-        found["patches"] = (patches_conv, jax.vmap)
-        found["patches, sequential"] = (patches_conv, one_by_one)
-    return found
 
 
 def one_by_one(step: Callable) -> Callable:

@@ -14,16 +14,18 @@ import numpy as np
 from benchmarks.peers.serve import Inputs, serve
 from jaxfed import Experiment, Variables
 from jaxfed.experiment import from_json, override
+from jaxfed.machine import use_all_cores
 from jaxfed.plan import make_plan, stack_plans
 from jaxfed.prepare import prepare
-from jaxfed.program import compile_tasks, segments
+from jaxfed.program import compile_tasks, replicated, segments
 from parity_tests.case import flat, make_case, unflat
 
 Do = Callable[[], dict[str, np.ndarray]]
 
 
 def run(folder: Path) -> None:
-    """Answers one request."""
+    """Answers one request; as the command does, with every core a device."""
+    use_all_cores()
     serve(folder, build, ("jaxfed", "jax", "jaxlib", "flax", "optax", "numpy"))
 
 
@@ -39,11 +41,11 @@ def build(inputs: Inputs) -> Do:
     program = compile_tasks([task])
     start = program.state.variables
     params = jax.tree.map(lambda leaf: leaf[None], unflat(inputs.params, start.params))
-    state = program.state._replace(variables=Variables(params, start.stats))
+    variables = replicated(Variables(params, start.stats), program.mesh)
+    state = program.state._replace(variables=variables)
     rounds = range(1, program.length + 1)
-    plans = jax.device_put(
-        stack_plans([stack_plans([make_plan(task.schedule, number) for number in rounds])])
-    )
+    plans = stack_plans([stack_plans([make_plan(task.schedule, number) for number in rounds])])
+    plans = replicated(plans, program.mesh)
 
     def train() -> dict[str, np.ndarray]:
         after, _ = jax.block_until_ready(

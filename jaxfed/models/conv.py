@@ -1,39 +1,22 @@
 """Convolution without `lax.conv`: what makes many clients at once fast.
 
 Each client has its own kernels, and `vmap` of `lax.conv_general_dilated` over kernels is a grouped
-convolution, which XLA runs 20 to 70 times slower on CPU than what stands here. A convolution is
-matrix products, which `vmap` turns into batched ones, in one of two ways:
-
-    patches_conv   one product with all patches of the images, copied side by side
-    shifts_conv    one product for each position in the kernel, with the shifted images; no copies
-
-and a depthwise convolution is a sum of shifted products in both. `conv_of` says which is taken on
-which backend. The derivatives are written out: those that autodiff finds are scatter-adds (not
-deterministic on GPU) and padded sums, each up to twice as slow on CPU. The price is that
-forward-mode differentiation (`jax.jvp`) is not available.
+convolution, which XLA runs 20 to 70 times slower on CPU than what stands here: a convolution is a
+matrix product of image patches, which `vmap` turns into a batched matrix product, and a depthwise
+convolution is a sum of shifted products. Both derivatives are written out: those that autodiff
+finds are scatter-adds (not deterministic on GPU) and padded sums, each up to twice as slow on CPU.
+The price is that forward-mode differentiation (`jax.jvp`) is not available.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 Pair = tuple[int, int]
-Dense = Callable[[Array, Array, Pair, Any], Array]
-"""`(images [B, H, W, C], kernel [kh, kw, C, F], strides, precision) -> [B, h, w, F]`, unpadded."""
-
-FEW = 8
-"""Input channels below which a kernel's gradient is one product of patches: a product whose inner
-dimension is one of them alone is mostly overhead."""
-
-
-def conv_of(backend: str) -> Callable[..., Array]:
-    """The convolution that measures fastest on `cpu`, `gpu` or `tpu` (benchmarks/README.md)."""
-    return shifts_conv if backend == "cpu" else patches_conv
 
 
 def patches_conv(
@@ -50,7 +33,7 @@ def patches_conv(
     out_sharding: Any = None,
     preferred_element_type: Any = None,
 ) -> Float[Array, "B h w F"]:
-    """`lax.conv_general_dilated` for NHWC images and HWIO kernels, as one matrix product.
+    """`lax.conv_general_dilated` for NHWC images and HWIO kernels, as matrix products.
 
     Made for the `conv_general_dilated=` argument of `flax.nnx.Conv`. Covers dense (I = C) and
     depthwise (I = 1, F = C) two-dimensional convolutions; dilated and otherwise grouped ones, other
@@ -58,42 +41,6 @@ def patches_conv(
     ("im2col"): Chellapilla, Puri and Simard, High Performance Convolutional Neural Networks for
     Document Processing, 2006.
     """
-    return _conv(
-        _of_patches, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
-        dimension_numbers, feature_group_count, precision, out_sharding, preferred_element_type,
-    )  # fmt: skip
-
-
-def shifts_conv(
-    lhs: Float[Array, "B H W C"],
-    rhs: Float[Array, "kh kw I F"],
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    *,
-    lhs_dilation: Sequence[int] | None = None,
-    rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
-    feature_group_count: int = 1,
-    precision: Any = None,
-    out_sharding: Any = None,
-    preferred_element_type: Any = None,
-) -> Float[Array, "B h w F"]:
-    r"""As `patches_conv`, as a sum of matrix products over the positions in the kernel.
-
-    $$y_{b,h,w} = \sum_{i,j} x_{b,\,sh+i,\,sw+j} K_{i,j}$$
-    """
-    return _conv(
-        _of_shifts, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
-        dimension_numbers, feature_group_count, precision, out_sharding, preferred_element_type,
-    )  # fmt: skip
-
-
-def _conv(
-    dense: Dense, lhs: Array, rhs: Array, window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]], lhs_dilation: Sequence[int] | None,
-    rhs_dilation: Sequence[int] | None, dimension_numbers: Any, feature_group_count: int,
-    precision: Any, out_sharding: Any, preferred_element_type: Any,
-) -> Array:  # fmt: skip
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     depthwise = feature_group_count == lhs.shape[-1] == rhs.shape[-1]
     if (
@@ -116,84 +63,23 @@ def _conv(
             preferred_element_type=preferred_element_type,
         )
 
-    kh, kw = rhs.shape[:2]
+    kh, kw, _, features = rhs.shape
     strides = (window_strides[0], window_strides[1])
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], (kh, kw), strides, padding)
     x = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-    dtype = preferred_element_type or jnp.result_type(lhs, rhs)
     if feature_group_count > 1:
-        return _depthwise(x, rhs, strides).astype(dtype)
-    if (kh, kw, *strides) == (1, 1, 1, 1):
-        return _dot(x, rhs[0, 0], precision).astype(dtype)
-    return dense(x, rhs, strides, precision).astype(dtype)
-
-
-def _dot(x: Array, matrix: Array, precision: Any) -> Array:
-    """Contracts the last axis of [..., C] with [C, F], at least in float32.
-
-    One plain matrix product: contracting the four-dimensional array is up to four times slower.
-    """
+        return _depthwise(x, rhs, strides)
+    if (kh, kw, *strides) != (1, 1, 1, 1):
+        x = _patches(x.shape[1:3], (kh, kw), strides, x)
+    # One plain matrix product: contracting the four-dimensional array is up to four times slower.
     y = jnp.dot(
-        x.reshape(-1, x.shape[-1]),
-        matrix,
+        x.reshape(-1, kh * kw * lhs.shape[-1]),
+        rhs.reshape(-1, features),
         precision=precision,
-        preferred_element_type=_wide(x, matrix),
+        preferred_element_type=preferred_element_type,
     )
-    return y.reshape(*x.shape[:-1], matrix.shape[-1])
-
-
-def _wide(*arrays: Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def _of_patches(x: Array, kernel: Array, strides: Pair, precision: Any) -> Array:
-    size, shape = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
-    patches = _patches(size, shape, strides, x)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    return _dot(patches.reshape(*patches.shape[:3], -1), matrix, precision)
-
-
-def _shifted_products(x: Array, kernel: Array, strides: Pair, precision: Any) -> Array:
-    kh, kw = kernel.shape[:2]
-    shifts = _shifts(x, (kh, kw), strides)
-    matrices = kernel.reshape(kh * kw, *kernel.shape[2:])
-    products = [_dot(v, k, precision) for v, k in zip(shifts, matrices, strict=True)]
-    return sum(products[1:], products[0])
-
-
-def _shifts_forward(
-    x: Array, kernel: Array, strides: Pair, precision: Any
-) -> tuple[Array, tuple[Array, Array]]:
-    return _of_shifts(x, kernel, strides, precision), (x, kernel)
-
-
-def _shifts_backward(
-    strides: Pair, precision: Any, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    kh, kw, channels, features = kernel.shape
-    shifts = _shifts(x, (kh, kw), strides)
-    columns = dy.reshape(-1, features)
-    # The products with a transposed left side, as matrices [rows, channels] or [rows, patches].
-    lefts = [jnp.concatenate(shifts, axis=-1)] if channels < FEW else shifts
-    dkernel = jnp.stack(
-        [
-            jnp.dot(v.reshape(-1, v.shape[-1]).T, columns, precision=precision,
-                    preferred_element_type=_wide(v, dy))
-            for v in lefts
-        ]
-    ).reshape(kernel.shape)  # fmt: skip
-    dpatches = _dot(dy, kernel.reshape(-1, features).T, precision)
-    (dx,) = _scatter(
-        (x.shape[1], x.shape[2]), (kh, kw), strides, None,
-        dpatches.reshape(*dpatches.shape[:3], kh, kw, channels),
-    )  # fmt: skip
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
-
-
-_of_shifts = jax.custom_vjp(_shifted_products, nondiff_argnums=(2, 3))
-_of_shifts.defvjp(_shifts_forward, _shifts_backward)
+    return y.reshape(*x.shape[:3], features)
 
 
 def _outputs(size: int, kernel: int, stride: int) -> int:
@@ -206,12 +92,14 @@ def _spread(y: Array, axis: int, low: int, size: int, stride: int) -> tuple[int,
 
 
 def _gather(size: Pair, kernel: Pair, strides: Pair, x: Array) -> Array:
-    """[B, H, W, C] with (H, W) = size -> [B, h, w, kh, kw, C], in one gather."""
-    rows, columns = (
-        stride * np.arange(_outputs(n, k, stride))[:, None] + np.arange(k)
-        for n, k, stride in zip(size, kernel, strides, strict=True)
-    )
-    return x[:, rows[:, None, :, None], columns[None, :, None, :]]
+    """[B, H, W, C] with (H, W) = size -> [B, h, w, kh, kw, C].
+
+    Along one axis and then the other: long runs are copied, four times as fast on CPU as a gather.
+    """
+    (kh, kw), (sh, sw) = kernel, strides
+    h, w = _outputs(size[0], kh, sh), _outputs(size[1], kw, sw)
+    x = jnp.stack([x[:, :, j : j + (w - 1) * sw + 1 : sw] for j in range(kw)], axis=3)
+    return jnp.stack([x[:, i : i + (h - 1) * sh + 1 : sh] for i in range(kh)], axis=3)
 
 
 def _patches_forward(size: Pair, kernel: Pair, strides: Pair, x: Array) -> tuple[Array, None]:

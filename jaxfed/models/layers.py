@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxfed.models.conv import conv_of
+from jaxfed.models.conv import patches_conv
 
 NormName = Literal["batch", "group", "layer", "none"]
 
@@ -55,7 +55,7 @@ def conv(
         # Keras: its depthwise kernel is (h, w, C, 1), ours (h, w, 1, C). Glorot's bound depends on
         # fan_in + fan_out only, h * w * (C + 1) in both.
         kernel_init=nnx.initializers.glorot_uniform(),
-        conv_general_dilated=conv_of(jax.default_backend()),
+        conv_general_dilated=patches_conv,
         rngs=rngs,
     )
 
@@ -81,21 +81,43 @@ def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(x > 0, jnp.where(x < 6, x, 6), 0)
 
 
+def _four(x: Array) -> tuple[Array, Array]:
+    """The largest of each window, and its place in it: 0 to 3, row by row, the first of equals."""
+    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x00, x01, x10, x11 = (x[:, i:h:2, j:w:2] for i in (0, 1) for j in (0, 1))
+    upper, lower = jnp.maximum(x00, x01), jnp.maximum(x10, x11)
+    place = jnp.where(upper >= lower, jnp.where(x00 >= x01, 0, 1), jnp.where(x10 >= x11, 2, 3))
+    return jnp.maximum(upper, lower), place.astype(jnp.int8)
+
+
+def _largest(_: tuple[int, int], x: Array) -> Array:
+    return _four(x)[0]
+
+
+def _max_pool_forward(_: tuple[int, int], x: Array) -> tuple[Array, Array]:
+    return _four(x)
+
+
+def _max_pool_backward(odd: tuple[int, int], place: Array, dy: Array) -> tuple[Array]:
+    b, h, w, c = dy.shape
+    corner = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
+    dx = jnp.where(place[:, :, None, :, None] == corner, dy[:, :, None, :, None], 0)
+    dx = dx.reshape(b, 2 * h, 2 * w, c)
+    return (jnp.pad(dx, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0))),)
+
+
+_max_pool = jax.custom_vjp(_largest, nondiff_argnums=(0,))
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
 def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Largest of each 2 x 2 window, stride 2; an odd last row or column is dropped.
 
     TF: the first of equal maxima (row by row) receives the whole gradient; `jnp.maximum` would
-    split it. The gradient of a masked sum is one product with the mask; those of strided slices
-    and of `lax.reduce_window` cost more than the rest of a small network.
+    split it. The derivative is written out: those of strided slices and of `lax.reduce_window`
+    cost more than the rest of a small network.
     """
-    b, h, w, c = x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
-    x = x[:, : 2 * h, : 2 * w]
-    x00, x01, x10, x11 = (lax.stop_gradient(x[:, i::2, j::2]) for i in (0, 1) for j in (0, 1))
-    upper, lower = jnp.where(x00 >= x01, 0, 1), jnp.where(x10 >= x11, 2, 3)
-    first = jnp.where(jnp.maximum(x00, x01) >= jnp.maximum(x10, x11), upper, lower)
-    corner = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
-    is_first = first.astype(jnp.int8)[:, :, None, :, None] == corner
-    return jnp.sum(x.reshape(b, h, 2, w, 2, c), axis=(2, 4), where=is_first)
+    return _max_pool((x.shape[1] % 2, x.shape[2] % 2), x)
 
 
 def norm(
