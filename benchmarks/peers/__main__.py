@@ -29,6 +29,7 @@ from benchmarks.peers.check import compare
 from benchmarks.peers.environments import python_of
 from benchmarks.peers.jobs import JOBS, PEERS, Job, Row, write
 from benchmarks.peers.table import Timing, rows_of, table_of
+from benchmarks.results_file import processor
 from jaxfed.data import cache
 from jaxfed.folder import write_json
 from tff_reference.process import Worker
@@ -36,6 +37,8 @@ from tff_reference.process import Worker
 OUT = Path(__file__).parent.parent / "results" / "peers.json"
 TABLE = 110
 """Characters that the table needs."""
+REST = 0.5
+"""Seconds before each timing: a peer's threads go on spinning for a while when its work is done."""
 DEADLINE = 1800.0
 """Seconds that one answer may take."""
 
@@ -104,6 +107,7 @@ def run(
         peaks = dict.fromkeys(lines, 0)
         for repeat in range(min(repeats, job.repeats)):
             for row in lines:
+                time.sleep(REST)
                 answer = ask(workers[row], folders[row])
                 seconds[row].append(answer["seconds"])
                 peaks[row] = answer["peak_bytes"]
@@ -141,15 +145,6 @@ def report(
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
-
-
-def processor() -> str:
-    """What the system calls the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def say(line: str) -> None:

@@ -1,8 +1,8 @@
 """What is timed: the jobs, and how each is written down for jaxfed and its peers alike.
 
 Images are scikit-learn's digits, enlarged, as many as are needed: time does not depend on what they
-show. Weights by name, and the
-batches as index tables `[rounds, clients, steps, batch]`, are those of `parity_tests.case`.
+show. Weights by name, and the batches as index tables `[rounds, clients, steps, batch]`, are those
+of `parity_tests.case`.
 """
 
 import json
@@ -108,7 +108,7 @@ JOBS = (
         ),
     ),
     Job("clients-100", _each(_many(CNN, 100), *PEERS), repeats=5),
-    Job("clients-1000", _each(_many(CNN, 1000), "jaxfed", "tff", "fedjax", "torch"), repeats=3),
+    Job("clients-1000", _each(_many(CNN, 1000), "jaxfed", "torch"), repeats=3),
     Job(
         "mobilenet-1000",
         _each(_many(MOBILENET, 1000), "jaxfed", "torch"),
