@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfed.data import cache
 
@@ -54,8 +55,7 @@ def kept_programs() -> Iterator[None]:
         yield
         return
     folder, show, broken = cache.root() / "programs", warnings.showwarning, []
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    _keep(str(folder), 0.0)
 
     def shown(message: Any, *where: Any) -> None:
         if "persistent compilation cache entry" in str(message):
@@ -68,5 +68,13 @@ def kept_programs() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show
+        _keep(None, 1.0)
         if broken:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(folder: str | None, seconds: float) -> None:
+    """Programs that took so many seconds to compile are kept in a folder from now on."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    compilation_cache.reset_cache()  # the folder is looked at once

@@ -26,7 +26,7 @@ from parity_tests.gap.effects import (
     verdict,
     within_seeds,
 )  # fmt: skip
-from parity_tests.gap.findings import chain, conclusions, findings
+from parity_tests.gap.findings import chain, conclusions, findings, otherwise
 from parity_tests.gap.trials import case_of, in_jaxfed, in_reference
 from tff_reference.process import ROOT, Worker
 
@@ -138,6 +138,23 @@ def test_what_the_verdict_concludes():
 
 
 # --- The arms -------------------------------------------------------------------------------
+
+
+def test_a_study_that_is_made_again_says_what_it_concludes_otherwise():
+    one = {
+        "conclusions": [{"about": "MobileNet", "text": "it gains", "holds": True}],
+        "claims": [{"claim": "shuffle", "view": "CNN", "verdict": "supported"}],
+    }
+    other = {
+        "conclusions": [{"about": "MobileNet", "text": "it gains", "holds": False}],
+        "claims": [{"claim": "shuffle", "view": "CNN", "verdict": "supported"},
+                   {"claim": "wait", "view": "CNN", "verdict": "opposite"}],
+    }  # fmt: skip
+    assert otherwise(one, one) == []
+    assert otherwise(one, other) == [
+        "MobileNet: it gains: holds, published: does not hold",
+        "wait (CNN): absent, published: opposite",
+    ]
 
 
 def test_every_name_is_one_arm_and_comes_after_what_it_depends_on():

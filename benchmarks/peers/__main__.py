@@ -66,12 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for job in JOBS:
             if job.name in jobs:
                 rows += run(job, pythons, options.repeats, versions)
+                if options.write:  # after each job: a later one may fail
+                    seconds = time.perf_counter() - begin
+                    write_json(OUT, merged(report(rows, versions, options.repeats, seconds)))
     except (RuntimeError, ValueError) as error:
         say(f"{str(error).splitlines()[0]} (logs: {logs()})")
         return 1
     Console(width=max(TABLE, Console().width)).print(table_of(rows))
     if options.write:
-        write_json(OUT, report(rows, versions, options.repeats, time.perf_counter() - begin))
         print(f"written: {OUT.name}")
     return 0
 
@@ -145,6 +147,21 @@ def report(
         "versions": {"python": platform.python_version(), **versions},
         "rows": rows,
     }
+
+
+def merged(new: dict[str, Any]) -> dict[str, Any]:
+    """The new results, and those of the file for jobs that are not among them, in JOBS' order.
+
+    A job's rows were always timed in one run.
+    """
+    if not OUT.exists():
+        return new
+    old = json.loads(OUT.read_text(encoding="utf-8"))
+    done = {row["job"] for row in new["rows"]}
+    rows = [row for row in old["rows"] if row["job"] not in done] + new["rows"]
+    order = [job.name for job in JOBS]
+    rows.sort(key=lambda row: order.index(row["job"]))
+    return {**new, "versions": {**old["versions"], **new["versions"]}, "rows": rows}
 
 
 def say(line: str) -> None:

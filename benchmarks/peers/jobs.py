@@ -107,16 +107,9 @@ JOBS = (
             Row("torch", RAGGED, "ragged"),
         ),
     ),
-    Job("clients-100", _each(_many(CNN, 100), *PEERS), repeats=5),
+    Job("clients-100", _each(_many(CNN, 100), "jaxfed", "tff", "fedjax", "torch"), repeats=5),
     Job("clients-1000", _each(_many(CNN, 1000), "jaxfed", "torch"), repeats=3),
-    Job(
-        "mobilenet-1000",
-        _each(_many(MOBILENET, 1000), "jaxfed", "torch"),
-        absent=NO_BATCHNORM,
-        update=0.3,
-        loss=1e-2,
-        repeats=3,
-    ),
+    Job("mobilenet-1000", _each(_many(MOBILENET, 1000), "jaxfed"), repeats=3),
     Job(
         "sweep-2nn",
         (

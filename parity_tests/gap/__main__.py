@@ -5,6 +5,7 @@
 trains every arm in jaxfed, and the arms of the chain also in TFF and Keras, and writes `gap.json`
 and `report.html` to DIR. An interrupted study goes on where it was. `--publish` also writes what is
 committed: `docs/results/gap.json`, `docs/gap.md` with its pictures, and the README's first screen.
+Without it, the whole study says what it concludes otherwise than what is committed.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from jaxfed.run import device_name
 from parity_tests.gap import pages
 from parity_tests.gap.arms import FULL, QUICK, Arm, Setting, arms
 from parity_tests.gap.effects import Runs
-from parity_tests.gap.findings import findings
+from parity_tests.gap.findings import findings, otherwise
 from parity_tests.gap.trials import Programs, Run, in_jaxfed, in_reference
 from tff_reference import environment
 from tff_reference.process import ROOT, Worker
 
 COMMAND = "python -m parity_tests.gap"
+PUBLISHED = ROOT / "docs" / "results" / "gap.json"
+SAME = "every conclusion and every verdict is as published in docs/results/gap.json"
 SUMMARY = "Where MobileNet's accuracy goes: Keras, jaxfed and TFF, one change at a time."
 
 
@@ -61,6 +64,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"written: {options.out / 'gap.json'}, {options.out / 'report.html'}")
     if options.publish:
         publish(content)
+    elif not options.quick:
+        published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+        differ = otherwise(content["findings"], published["findings"])
+        print("\n".join(["unlike what is published:", *differ] if differ else [SAME]))
     return 0
 
 
@@ -124,7 +131,7 @@ def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, A
 def publish(content: dict[str, Any]) -> None:
     """Writes what is committed."""
     docs = ROOT / "docs"
-    write_json(docs / "results" / "gap.json", content)
+    write_json(PUBLISHED, content)
     for name, picture in pages.figures(content).items():
         write_atomically(docs / f"{name}.svg", picture)
     write_atomically(docs / "gap.md", pages.markdown(content))

@@ -245,3 +245,21 @@ def findings(runs: Runs, names: Iterable[str], *, quick: bool) -> dict[str, Any]
         "claims": claims(runs),
         "remedies": {way: remedies(runs, way) for way in ("IID", "shards")},
     }
+
+
+def otherwise(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What two studies' findings do not conclude alike: conclusions and verdicts, a line each."""
+
+    def said(found: dict[str, Any]) -> dict[str, str]:
+        words = {None: "nothing claimed", True: "holds", False: "does not hold"}
+        return {
+            **{f"{c['about']}: {c['text']}": words[c["holds"]] for c in found["conclusions"]},
+            **{f"{c['claim']} ({c['view']})": c["verdict"] for c in found.get("claims", ())},
+        }
+
+    one, other = said(ours), said(theirs)
+    return [
+        f"{name}: {one.get(name, 'absent')}, published: {other.get(name, 'absent')}"
+        for name in dict.fromkeys([*other, *one])
+        if one.get(name) != other.get(name)
+    ]

@@ -56,7 +56,9 @@ def _conclusions(conclusions: list[dict[str, Any]]) -> Table:
         f"systems do the same holds if the whole interval is within {MARGIN:g} of zero; it is "
         "asked where both ran every seed several times, from starts that differ by rounding alone, "
         "and its interval comes from how such repeats spread. (The exact comparison, step by step "
-        "in float64, is that of `docs/parity.md`.)"
+        "in float64, is that of `docs/parity.md`; it also shows why single runs of the two end at "
+        "different numbers: as far apart as two runs of one program from starts that differ in "
+        "the last digit.)"
     )
     return Table("The verdict", text, ("network", "", "95 % interval", "holds"), rows)
 
