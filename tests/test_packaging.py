@@ -56,7 +56,7 @@ def test_everything_imported_is_declared():
 def test_imports_point_one_way():
     """A file never imports one to its right, and the data layer never imports JAX."""
     order = [
-        "experiment", "distributed", "model", "models", "data", "optimizers", "plan", "client",
+        "experiment", "distributed", "model", "models", "data", "machine", "optimizers", "plan", "client",
         "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep",
         "folder", "checkpoint", "saved", "report", "screen", "manual", "tensorboard",
         "resume", "train",
