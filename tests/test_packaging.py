@@ -56,8 +56,8 @@ def test_everything_imported_is_declared():
 def test_imports_point_one_way():
     """A file never imports one to its right, and the data layer never imports JAX."""
     order = [
-        "experiment", "distributed", "model", "models", "data", "machine", "optimizers", "plan", "client",
-        "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep",
+        "experiment", "distributed", "model", "models", "data", "machine", "optimizers", "plan",
+        "client", "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program", "run", "sweep",
         "folder", "checkpoint", "saved", "report", "screen", "manual", "tensorboard",
         "resume", "train",
     ]  # fmt: skip
