@@ -58,6 +58,10 @@ def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
             tff = float(trace[f"round/{number}/test/accuracy"])
             assert abs(float(scores.accuracy) - tff) <= 0.005, number
             before = Variables(unflat(theirs, before.params), before.stats)
-    learned = [float(trace[f"round/{r}/train/accuracy"]) for r in (1, ROUNDS)]
-    assert learned[1] > learned[0] + 0.05  # while the test accuracy has stayed at chance:
+    # Loss, not accuracy: which few images are right is decided by rounding, other on each machine.
+    first, last = (
+        np.mean([float(trace[f"round/{r}/train/loss"]) for r in rounds])
+        for rounds in ((1, 2, 3), (ROUNDS - 2, ROUNDS - 1, ROUNDS))
+    )
+    assert last < first - 0.1  # while the test accuracy has stayed at chance:
     assert float(trace[f"round/{ROUNDS}/test/accuracy"]) < 0.2
