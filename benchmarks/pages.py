@@ -20,7 +20,6 @@ NAMES = {
 }  # fmt: skip
 ROUNDS = {
     "cnn": "CNN, 28x28", "mobilenet": "MobileNetV1 0.25, 32x32", "2nn": "2NN, 28x28",
-    "clients-100": "CNN, 100 clients",
 }  # fmt: skip
 """The jobs of the README's table."""
 Row = dict[str, Any]
@@ -83,6 +82,8 @@ def overview() -> str:
             cells.append(time if peer == "jaxfed" else f"{time} ({found[0]['ratio']:.1f}x)")
         rows.append(cells)
     of = content["versions"]
+    repeats = min(len(row["timings"]) for row in content["rows"] if row["job"] in ROUNDS
+                  and not row["absent"])  # fmt: skip
     versions = ", ".join(
         f"{package} {of[peer][package]}"
         for peer, package in (
@@ -93,7 +94,7 @@ def overview() -> str:
     )  # fmt: skip
     return (
         table(["one round", *(NAMES[peer] for peer in peers)], rows)
-        + f"\n\nMedian of {content['repeats']}; {made(content)} {versions}."
+        + f"\n\nMedian of {repeats}; {made(content)} {versions}."
     )
 
 
@@ -122,44 +123,6 @@ def every_peer() -> str:
     return table(head, rows) + f"\n\n{made(content)}"
 
 
-def at_once() -> str:
-    """ms of a round by the number of clients that are computed at once, on one device."""
-    content = results("cpu")
-    rows: dict[str, dict[str, float]] = {}
-    for row in content["sections"]["jobs"]:
-        if "ms" in row and "parallel" in row:
-            rows.setdefault(row["job"], {})[str(row["parallel"])] = row["ms"]
-    columns = list(dict.fromkeys(name for times in rows.values() for name in times))
-    lines = [
-        [job, *(f"{times[name]:.3g}" if name in times else "" for name in columns)]
-        for job, times in rows.items()
-    ]
-    return table(["ms of a round", *columns], lines) + f"\n\n{of_device(content)}"
-
-
-def of_device(content: dict[str, Any]) -> str:
-    """Command, machine, date, of a file that `benchmarks.gpu` wrote."""
-    return f"`{content['command']}`, {content['device']}, {content['host']}, {content['date']}."
-
-
-def lowerings() -> str:
-    """ms of one layer's step for all clients, float32, by lowering."""
-    content = results("cpu")
-    rows: dict[tuple[str, int], dict[str, float]] = {}
-    for row in content["sections"]["lowerings"]:
-        if row.get("precision") == "float32" and row["batch"] == 20 and "ms" in row:
-            rows.setdefault((row["layer"], row["clients"]), {})[row["lowering"]] = row["ms"]
-    head = ["layer", "clients", "`lax.conv`: grouped", "one by one", "ours: `vmap`", "one by one"]
-    lines = []
-    for (layer, clients), times in rows.items():
-        ours = next(name for name in times if name in ("patches", "shifts"))
-        names = ("grouped", "sequential", ours, f"{ours}, sequential")
-        lines.append(
-            [layer, str(clients), *(f"{times[n]:.3g}" if n in times else "" for n in names)]
-        )
-    return table(head, lines) + f"\n\n{of_device(content)}"
-
-
 def operations() -> str:
     """The longest operations of a round, a table a network."""
     content, parts = results("profile"), []
@@ -174,8 +137,6 @@ def operations() -> str:
 TABLES = {
     "peers": overview,
     "every peer": every_peer,
-    "at once": at_once,
-    "lowerings": lowerings,
     "operations": operations,
 }
 

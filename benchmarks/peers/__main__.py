@@ -161,7 +161,9 @@ def merged(new: dict[str, Any]) -> dict[str, Any]:
     rows = [row for row in old["rows"] if row["job"] not in done] + new["rows"]
     order = [job.name for job in JOBS]
     rows.sort(key=lambda row: order.index(row["job"]))
-    return {**new, "versions": {**old["versions"], **new["versions"]}, "rows": rows}
+    command = "python -m benchmarks.peers --jobs JOB --write"  # of several runs
+    versions = {**old["versions"], **new["versions"]}
+    return {**new, "command": command, "versions": versions, "rows": rows}
 
 
 def say(line: str) -> None:
