@@ -40,7 +40,8 @@ def use_all_cores() -> None:
                 else os.cpu_count() or 1, MAX_CPU_DEVICES)  # fmt: skip
     with suppress(RuntimeError):  # JAX has been used before
         jax.config.update("jax_num_cpu_devices", cores)
-        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
+        if PATIENCE not in flags:  # kept programs are known by these flags: once, however often
+            os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
 
 
 @contextmanager

@@ -44,6 +44,16 @@ def test_the_users_number_of_devices_has_its_way(own):
     assert devices(own, before="jax.devices()") == 1  # too late, and no error
 
 
+def test_flags_are_set_once(own):
+    """Kept programs are known by them: a process that a command starts finds its own again."""
+    code = (
+        "import os\nfrom jaxfed.machine import use_all_cores\n"
+        "use_all_cores()\nonce = os.environ['XLA_FLAGS']\nuse_all_cores()\n"
+        "assert once and os.environ['XLA_FLAGS'] == once, os.environ['XLA_FLAGS']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=own, check=True, timeout=120)
+
+
 def test_programs_are_kept_and_mended(own, tmp_path):
     def run(name):
         done = subprocess.run(
