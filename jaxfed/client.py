@@ -4,7 +4,7 @@ Every function here is for a single client; `jaxfed.aggregate` runs it for many.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +113,10 @@ def steps_of(index: Int[Array, "*clients steps batch"]) -> Int[Array, "*clients"
     return jnp.max(jnp.where(real, jnp.arange(1, index.shape[-2] + 1), 0), axis=-1)
 
 
-def _no_report(masked_grad: Callable, *arguments: Any) -> BatchReport:
+def _no_report(
+    masked_grad: Callable, variables: Variables, examples: Examples, index: Array, key: Array
+) -> BatchReport:
     """Zeros, in the precision in which steps report."""
-    variables, examples, index, key = arguments
     report = jax.eval_shape(masked_grad, variables, examples, index[0], key)[2]
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), report)
 

@@ -50,9 +50,9 @@ def kept_programs() -> Iterator[None]:
 
     A process that was killed may have left half a program. That is compiled again, and all are
     dropped at the end, since JAX would never write it anew. `JAX_COMPILATION_CACHE_DIR` has its
-    way.
+    way, and so has the setting of JAX that it stands for.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         yield
         return
     folder, show, broken = cache.root() / "programs", warnings.showwarning, []

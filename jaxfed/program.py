@@ -1,12 +1,11 @@
-"""The compiled program of one or more tasks, and its running.
+"""The compiled program of one or more tasks: one compilation for all points of a sweep.
 
-compile_tasks([task, ...]) -> Program   one compilation for all points of a sweep
-segments(program) -> Segment, ...       the rounds between two evaluations, a dispatch each
+`jaxfed.segments` runs it, `jaxfed.final` scores what it ends with.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +17,8 @@ from jaxtyping import Array, Float
 
 from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central, fedavg, fedsgd
 from jaxfed.client import Examples
-from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator, row_scorer
+from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator
 from jaxfed.experiment import Experiment
-from jaxfed.model import Variables
 from jaxfed.optimizers import optimizer
 from jaxfed.plan import Plan, make_plan, stack_plans
 from jaxfed.prepare import Task, compute_dtype, precision
@@ -66,20 +64,6 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-class Segment(NamedTuple):
-    """What one dispatch brought: its rounds, for every point."""
-
-    last_round: int
-    rows: list[list[dict[str, Any]]]
-    """`[points][rounds]`, as they stand in `metrics.jsonl`; up to the round that it diverged in."""
-    state: State
-    """Of a point that has diverged, the one that was last evaluated to a number."""
-    variables: Variables
-    """As they were last evaluated to a number (statistics recalibrated)."""
-    train_seconds: float
-    evaluate_seconds: float
-
-
 def chunk_of(experiment: Experiment) -> int | None:
     """How many clients are computed at once; None is all of them."""
     if experiment.parallel == "loop":
@@ -91,14 +75,10 @@ def chunk_of(experiment: Experiment) -> int | None:
     return int(experiment.parallel)
 
 
-def all_devices(experiment: Experiment) -> Mesh | None:
-    """All devices of all processes, to share clients and batches; None to compute on the first.
-
-    Central training is one sequence of steps, which nothing can share.
-    """
+def all_devices() -> Mesh | None:
+    """All devices of all processes, to share clients and batches; None if there is only one."""
     devices = jax.devices()
-    alone = experiment.algorithm == "central" and jax.process_count() == 1
-    return None if alone or len(devices) == 1 else Mesh(np.asarray(devices), ("clients",))
+    return None if len(devices) == 1 else Mesh(np.asarray(devices), ("clients",))
 
 
 def replicated(tree: Any, mesh: Mesh | None) -> Any:
@@ -173,7 +153,7 @@ def compile_tasks(
     Args:
       tasks: whose experiments differ in seed and knobs only.
       checkpoint_every: rounds after which the state has to be at hand.
-      done: rounds that were run before; `segments` goes on from there.
+      done: rounds that were run before; `jaxfed.segments` goes on from there.
     """
     first = tasks[0]
     with precision(first.experiment):
@@ -187,7 +167,9 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
         knobs_of(task.experiment) for task in tasks
     ))  # fmt: skip
     dataset = first.dataset
-    mesh = all_devices(first.experiment)
+    # Central training is one sequence of steps, which nothing can share.
+    alone = first.experiment.algorithm == "central" and jax.process_count() == 1
+    mesh = None if alone else all_devices()
     train_set, test_set, test_index, train_index, knobs = replicated(
         (
             Examples(dataset.x_train, dataset.y_train),
@@ -223,7 +205,7 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
 
         return jax.lax.map(one, (state, train_index))
 
-    plans = replicated(_plans(tasks, 1, length), mesh)
+    plans = replicated(plans_of(tasks, 1, length), mesh)
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     # Nothing is donated: a run that diverges goes back to the state that it came from.
     train_program = jax.jit(train_points, out_shardings=everywhere)
@@ -249,233 +231,9 @@ def _stacked(tables: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.pad(t, ((0, steps - len(t)), (0, 0)), constant_values=-1) for t in tables])
 
 
-def _plans(tasks: Sequence[Task], first_round: int, length: int) -> Plan:
+def plans_of(tasks: Sequence[Task], first_round: int, length: int) -> Plan:
+    """The plans of so many rounds, `[points, rounds, ...]`."""
     rounds = range(first_round, first_round + length)
     return stack_plans(
         [stack_plans([make_plan(task.schedule, number) for number in rounds]) for task in tasks]
     )
-
-
-def segments(
-    program: Program,
-    state: State | None = None,
-    histories: Sequence[Sequence[dict[str, Any]]] | None = None,
-    done: int = 0,
-) -> Iterator[Segment]:
-    """Runs round after round, evaluating where the experiment says so.
-
-    A point that diverges (see `divergence`) has no more rounds; when all have, it is over.
-
-    Args:
-      program: from `compile_tasks`.
-      state: to go on from; None for the initial state.
-      histories: rows of the rounds that were run before, for every point.
-      done: how many those are.
-    """
-    tasks, experiment = program.tasks, program.tasks[0].experiment
-    state = good = program.state if state is None else state
-    variables = state.variables
-    pasts = [list(rows) for rows in histories or [[] for _ in tasks]]
-    plans = _plans(tasks, done + 1, program.length)
-    for start in range(done + 1, experiment.rounds + 1, program.length):
-        if all(_is_over(past) for past in pasts):
-            return
-        with precision(experiment):
-            before = time.perf_counter()
-            last = start + program.length - 1
-            placed = replicated(plans, program.mesh)
-            state, metrics = program.train(program.knobs, state, program.train_set, placed)
-            if last < experiment.rounds:  # the next rounds are planned while these are computed
-                plans = _plans(tasks, last + 1, program.length)
-            metrics = jax.device_get(metrics)
-            trained = time.perf_counter()
-            scores, evaluated = None, variables
-            if last % experiment.eval_every == 0 or last == experiment.rounds:
-                scores, evaluated = program.evaluate(
-                    state, program.test_set, program.test_index,
-                    program.train_set, program.train_index,
-                )  # fmt: skip
-                scores = jax.device_get(scores)
-            tested = time.perf_counter()
-            seconds = (trained - before) / program.length
-            rows = [
-                _rows(task, past, metrics, scores, point, range(start, last + 1), seconds)
-                for point, (task, past) in enumerate(zip(tasks, pasts, strict=True))
-            ]
-            alive = [bool(new) and not new[-1]["diverged"] for new in rows]
-            if not all(alive):
-                state, evaluated = _where(alive, (state, evaluated), (good, variables))
-            variables = evaluated
-            if scores is not None:
-                good = state
-        for past, new in zip(pasts, rows, strict=True):
-            past.extend(new)
-        assert state is not None
-        yield Segment(last, rows, state, variables, trained - before, tested - trained)
-
-
-def _is_over(history: Sequence[dict[str, Any]]) -> bool:
-    return bool(history) and bool(history[-1]["diverged"])
-
-
-def _rows(
-    task: Task,
-    past: Sequence[dict[str, Any]],
-    metrics: RoundMetrics,
-    scores: Any,
-    point: int,
-    rounds: range,
-    seconds: float,
-) -> list[dict[str, Any]]:
-    """The rows of a dispatch, up to the one in which the run diverged; none if it had before."""
-    rows: list[dict[str, Any]] = []
-    if _is_over(past):
-        return rows
-    for place, number in enumerate(rounds):
-        tested = scores if number == rounds[-1] else None
-        rows.append(_row(metrics, tested, point, place, number, seconds))
-        finite = bool(metrics.finite[point, place])
-        reason = divergence(task, [*past, *rows], finite=finite, tested=tested is not None)
-        rows[-1]["diverged"] = reason
-        if reason:  # what may have been evaluated is the state before
-            rows[-1] |= {"test_loss": None, "test_accuracy": None}
-            break
-    return rows
-
-
-def divergence(
-    task: Task, history: Sequence[dict[str, Any]], *, finite: bool, tested: bool
-) -> str | None:
-    """Why a run ends with the newest row of its history, or None if it need not.
-
-    A client that is dropped, or a whole cohort, is no reason: the state stays as it was, and the
-    next cohort may do better. It is one when as many seats as there are clients gave nothing.
-
-    Args:
-      task: of the run.
-      history: its rows so far.
-      finite: whether the newest round gave a finite state.
-      tested: whether that was evaluated.
-    """
-    experiment, row = task.experiment, history[-1]
-    if not finite:
-        return "the new weights are not finite"
-    if tested and row["test_loss"] is None:
-        return "the test loss is not finite"
-    empty = 0
-    for each in reversed(history):
-        if each["num_examples"] or not each["dropped_clients"]:
-            break
-        empty += 1
-    if empty and empty * (experiment.clients_per_round or 1) >= task.partition.num_clients:
-        return f"no client's update was finite in {empty} round(s)"
-    return None
-
-
-def _where(alive: Sequence[bool], new: Any, old: Any) -> Any:
-    """Of every leaf `[points, ...]` the new rows of the points that are alive."""
-    mask = np.asarray(alive)
-    return jax.tree.map(
-        lambda n, o: jnp.where(mask.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old
-    )
-
-
-def _row(
-    metrics: RoundMetrics, scores: Any, point: int, place: int, number: int, seconds: float
-) -> dict[str, Any]:
-    at = (point, place)
-    loss = None if scores is None else _number(scores.loss[point])
-    # The class of NaN is 0, right one time in ten: a number that says nothing.
-    accuracy = _number(scores.accuracy[point]) if scores is not None and loss is not None else None
-    return {
-        "round": number,
-        "train_loss": _number(metrics.train_loss[at]),
-        "train_accuracy": _number(metrics.train_accuracy[at]),
-        "test_loss": loss,
-        "test_accuracy": accuracy,
-        "num_examples": int(metrics.num_examples[at]),
-        "seconds": round(seconds, 6),
-        "dropped_clients": int(metrics.dropped[at]),
-        "delta_norm": _number(metrics.delta_norm[at]),
-        "client_delta_norm": _client_mean(metrics, at),
-    }
-
-
-def _client_mean(metrics: RoundMetrics, at: tuple[int, int]) -> float | None:
-    """Mean norm of one client's update, over those that took part and were not dropped."""
-    clients = metrics.clients
-    kept = (clients.num_examples[at] > 0) & ~clients.dropped[at]
-    return _number(np.mean(clients.delta_norm[at][kept])) if kept.any() else None
-
-
-def _number(value: Any) -> float | None:
-    """A float for JSON, which has no NaN and no infinity."""
-    return float(value) if np.isfinite(value) else None
-
-
-class ClientScores(NamedTuple):
-    """How good the final network is on the training images of each client; NaN: has none.
-
-    With `batch_stats="local"` it is each client's own network, NaN if it never trained.
-    """
-
-    accuracy: Float[np.ndarray, " clients"]
-    loss: Float[np.ndarray, " clients"]
-
-
-class Final(NamedTuple):
-    """What is kept of one point when its rounds are over."""
-
-    variables: Variables
-    """Numpy arrays, as evaluated (statistics recalibrated)."""
-    clients: ClientScores
-
-
-def finish(program: Program, state: State) -> list[Final]:
-    """Evaluates the state after the last round for good: weights and every client's scores."""
-    first = program.tasks[0]
-    policy, local = first.experiment.model.batch_stats or "frozen", state.own is not None
-    with precision(first.experiment):
-        _, variables = program.evaluate(
-            state, program.test_set, program.test_index, program.train_set, program.train_index
-        )
-        dtype = compute_dtype(first.experiment)
-        everywhere = None if program.mesh is None else NamedSharding(program.mesh, P())
-        score = jax.jit(
-            row_scorer(first.model, policy, dtype=dtype, mesh=program.mesh),
-            out_shardings=everywhere,
-        )
-        finals = []
-        for point, task in enumerate(program.tasks):
-            ours, weights = jax.tree.map(lambda leaf, at=point: leaf[at], (state, variables))
-            index, owner = _client_batches(task, local)
-            placed = replicated((index, owner), program.mesh)
-            rows = jax.device_get(score(ours, weights, program.train_set, *placed))
-            there = index >= 0
-            seen = jax.device_get(ours.own.seen) if local else None
-            scores = _by_client(task, rows.loss[there], rows.right[there], seen)
-            finals.append(Final(jax.device_get(weights), scores))
-    return finals
-
-
-def _client_batches(task: Task, one_client_each: bool) -> tuple[np.ndarray, np.ndarray]:
-    """All images, client after client, in batches, and whose they are if each is of one client."""
-    partition = task.partition
-    if not one_client_each:
-        index = batches(partition.order, min(EVAL_BATCH, len(partition.order)))
-        return index, np.zeros(len(index), np.int32)
-    size = min(EVAL_BATCH, int(partition.sizes.max()))
-    tables = [batches(partition.client(k), size) for k in range(partition.num_clients)]
-    owner = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])
-    return np.concatenate(tables), owner
-
-
-def _by_client(
-    task: Task, loss: np.ndarray, right: np.ndarray, seen: np.ndarray | None
-) -> ClientScores:
-    sizes = task.partition.sizes
-    client = np.repeat(np.arange(len(sizes)), sizes)
-    known = sizes > 0 if seen is None else (sizes > 0) & seen
-    divisor = np.where(known, sizes, np.nan)
-    right, loss = (np.bincount(client, values, len(sizes)) / divisor for values in (right, loss))
-    return ClientScores(right, loss)

@@ -18,8 +18,9 @@ from jaxfed import checkpoint, distributed, folder, tensorboard
 from jaxfed.algorithm import State
 from jaxfed.experiment import ConfigError, Experiment
 from jaxfed.prepare import Task, precision
-from jaxfed.program import Program, replicated, segments, state_like
+from jaxfed.program import Program, replicated, state_like
 from jaxfed.run import summarize
+from jaxfed.segments import segments
 
 SAVE_SECONDS = 60.0
 """After so long the state is saved, unless the user has said when."""

@@ -18,7 +18,8 @@ from jaxfed import data
 from jaxfed.experiment import Experiment
 from jaxfed.model import Model, Variables
 from jaxfed.prepare import MakeAlgorithm, Task, prepare
-from jaxfed.program import compile_tasks, segments
+from jaxfed.program import compile_tasks
+from jaxfed.segments import segments
 
 
 class Result(NamedTuple):

@@ -21,8 +21,9 @@ from rich.console import Console
 from jaxfed import distributed, folder, machine, manual, report, saved, screen, tensorboard
 from jaxfed.data import DataError, format_label_table, label_table
 from jaxfed.experiment import ConfigError, Experiment, dotted_keys, expected, from_json
+from jaxfed.final import Final, finish
 from jaxfed.prepare import Task, prepare
-from jaxfed.program import Final, compile_tasks, finish
+from jaxfed.program import compile_tasks
 from jaxfed.resume import find_start, finished, run_program
 from jaxfed.sweep import Point, folder_name, points, programs
 

@@ -26,7 +26,8 @@ from jaxfed import (
 )  # fmt: skip
 from jaxfed.experiment import from_json, override
 from jaxfed.prepare import prepare
-from jaxfed.program import divergence, initial_state
+from jaxfed.program import initial_state
+from jaxfed.segments import divergence
 from jaxfed.train import main
 from tests.toys import clients_of, examples, net, plan_of
 

@@ -57,8 +57,8 @@ def test_imports_point_one_way():
     """A file never imports one to its right, and the data layer never imports JAX."""
     order = [
         "experiment", "distributed", "model", "models", "data", "machine", "optimizers", "plan",
-        "client", "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program", "run",
-        "sweep", "folder", "checkpoint", "saved", "report", "screen", "manual", "tensorboard",
+        "client", "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program",
+        "segments", "final", "run", "sweep", "folder", "checkpoint", "saved", "report", "screen", "manual", "tensorboard",
         "resume", "train",
     ]  # fmt: skip
     for path in (ROOT / "jaxfed").rglob("*.py"):

@@ -12,8 +12,10 @@ from jaxfed import ConfigError, Examples, Variables, load_run, prepare, score
 from jaxfed import batch_stats as bn
 from jaxfed.evaluate import batches
 from jaxfed.experiment import override
-from jaxfed.program import EVAL_BATCH, compile_tasks, finish, segments
+from jaxfed.final import finish
+from jaxfed.program import EVAL_BATCH, compile_tasks
 from jaxfed.saved import by_name, read_weights, write_weights
+from jaxfed.segments import segments
 from jaxfed.tensorboard import TAGS
 from jaxfed.train import main
 

@@ -28,7 +28,7 @@ time that it took: the nearer to 1 the larger of the two, the less there is to g
   of `jaxfed.models.conv.patches_conv`, with `sequential` `lax.map` of it. Outputs and gradients
   have to be those of `sequential` in float32, within rounding (`gap`); anything else is an error.
 - jobs: `ms` of a round of the compiled program; `user_ms` of the same round through
-  `jaxfed.program.segments`, planning on the host included (`plan_ms`). What `parallel` is fastest
+  `jaxfed.segments.segments`, planning on the host included (`plan_ms`). What `parallel` is fastest
   for 100 clients and more is what `AUTO_CHUNK["gpu"]` should be; chunks as large as the cohort are
   `vmap`, and left out.
 - torch: `speedup` is PyTorch's `ms` over `jaxfed_ms`; both have the same images on the device and

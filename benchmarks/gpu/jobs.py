@@ -22,7 +22,8 @@ from jaxfed.data import Dataset
 from jaxfed.experiment import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.plan import Plan, make_plan, stack_plans
 from jaxfed.prepare import Task, prepare
-from jaxfed.program import Program, compile_tasks, replicated, segments
+from jaxfed.program import Program, compile_tasks, replicated
+from jaxfed.segments import segments
 
 
 class Job(NamedTuple):

@@ -10,7 +10,8 @@ from benchmarks.gpu.measure import PRECISIONS, Case, Found, Row, synthetic
 from jaxfed.data import Dataset, load
 from jaxfed.experiment import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.prepare import prepare
-from jaxfed.program import compile_tasks, segments
+from jaxfed.program import compile_tasks
+from jaxfed.segments import segments
 
 
 def cases(tiny: bool, _: Found) -> Iterator[Case]:

@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.gpu.jobs import JOBS, TINY_JOBS, Job, device_seconds, plans_of, task_of
 from benchmarks.gpu.measure import PRECISIONS, Case, Found, Row, median_seconds
 from jaxfed.models.mobilenet_v1 import BLOCKS
-from jaxfed.program import Program, compile_tasks, segments
+from jaxfed.program import Program, compile_tasks
+from jaxfed.segments import segments
 
 LIMITS = {"float32": 1e-4, "tf32": 1e-2}
 """How far the training losses of the first round may be apart, relative."""

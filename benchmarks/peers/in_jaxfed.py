@@ -17,7 +17,8 @@ from jaxfed.experiment import from_json, override
 from jaxfed.machine import use_all_cores
 from jaxfed.plan import make_plan, stack_plans
 from jaxfed.prepare import prepare
-from jaxfed.program import compile_tasks, replicated, segments
+from jaxfed.program import compile_tasks, replicated
+from jaxfed.segments import segments
 from parity_tests.case import flat, make_case, unflat
 
 Do = Callable[[], dict[str, np.ndarray]]
