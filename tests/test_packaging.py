@@ -58,8 +58,8 @@ def test_imports_point_one_way():
     order = [
         "experiment", "distributed", "model", "models", "data", "machine", "optimizers", "plan",
         "client", "aggregate", "batch_stats", "algorithm", "evaluate", "prepare", "program",
-        "segments", "final", "run", "sweep", "folder", "checkpoint", "saved", "report", "screen", "manual", "tensorboard",
-        "resume", "train",
+        "segments", "final", "run", "sweep", "folder", "checkpoint", "saved", "report", "screen",
+        "manual", "tensorboard", "resume", "train",
     ]  # fmt: skip
     for path in (ROOT / "jaxfed").rglob("*.py"):
         inside = path.relative_to(ROOT / "jaxfed").with_suffix("").parts[0]
