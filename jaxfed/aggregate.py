@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Shaped
 
@@ -38,7 +39,8 @@ def map_sum(
       chunk: clients computed at once on a device: None for all (vmap), 1 for one after another,
         n for chunks of n; the cohort is filled up with empty seats to a multiple of n.
       mesh: devices that share the clients evenly, whatever the mesh's axes; None is one device.
-        Each adds up its own clients, and one all-reduce of the sums ends the round.
+        Each adds up its own clients; one all-reduce of the sums and one all-gather of the reports
+        end the round.
       work: how long each seat takes, in any unit; None if they are alike. Seats that take as long
         share a chunk, which takes as long as its longest, and every device has its share of them.
 
@@ -56,10 +58,15 @@ def map_sum(
 
     def of_device(shared: Any, seats: Any) -> tuple[Tree, Tree]:
         total, reports = _sum(lambda seat: contribute(shared, seat), seats, chunk)
-        return jax.lax.psum(total, axes), reports
+        # As one vector each: on CPU every array more is another meeting of all devices.
+        summed, total_of = ravel_pytree(total)
+        reported, reports_of = ravel_pytree(reports)
+        total = total_of(jax.lax.psum(summed, axes))
+        reports = jax.vmap(reports_of)(jax.lax.all_gather(reported, axes))
+        return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
 
     total, reports = jax.shard_map(
-        of_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=(P(), P(axes)), check_vma=False
+        of_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False
     )(shared, seats)
     return total, jax.tree.map(lambda leaf: leaf[:count], reports)
 
@@ -73,6 +80,8 @@ def _sorted(
     missing = -count % devices
     order = jnp.argsort(-_filled(work, missing), stable=True)
     order = order.reshape(-1, devices).T.reshape(-1)
+    if mesh is not None:  # or each device would sort its part of them, and all meet once more
+        order = jax.lax.with_sharding_constraint(order, NamedSharding(mesh, P()))
     ordered = jax.tree.map(lambda leaf: _filled(leaf, missing)[order], seats)
     total, reports = map_sum(contribute, shared, ordered, chunk, mesh)
     back = jnp.argsort(order)[:count]
@@ -122,8 +131,13 @@ def _filled(leaf: Shaped[Array, "clients ..."], missing: int) -> Shaped[Array, "
 
 def all_finite(tree: Tree) -> Bool[Array, ""]:
     """True if no number in the tree is infinite or NaN."""
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all() if leaves else jnp.array(True)
+
+    def each(tree: Tree) -> Bool[Array, ""]:
+        leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+        return jnp.stack(leaves).all() if leaves else jnp.array(True)
+
+    # A finite norm says it at the price of one product; that of finite numbers may overflow.
+    return jax.lax.cond(jnp.isfinite(norm(tree)), lambda _: jnp.array(True), each, tree)
 
 
 def norm(tree: Tree) -> Array:

@@ -10,6 +10,7 @@ import pytest
 from toys import assert_close, clients_of, examples, naive_round, net, plan_of
 
 from jaxfed import Cohort, Examples, Model, Variables, central, fedavg, fedsgd, optimizer
+from jaxfed.aggregate import all_finite
 from jaxfed.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -232,6 +233,16 @@ def test_a_client_that_is_not_finite_is_dropped_and_counted(chunk, policy):
     expected, expected_metrics = settled(algorithm, model, data, others)
     assert_close(state, expected, 1e-14)
     assert_close(metrics.train_loss, expected_metrics.train_loss, 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1e30, -1e30], True), ([1e30, np.nan], False), ([np.inf, 0.0], False), ([], True)],
+)
+def test_numbers_whose_squares_overflow_are_finite(values, expected):
+    tree = {"a": jnp.asarray(values, jnp.float32), "b": jnp.ones(3, jnp.float32)}
+    assert bool(jax.jit(all_finite)(tree)) == expected
+    assert jax.vmap(all_finite)(jax.tree.map(lambda leaf: leaf[None], tree)).tolist() == [expected]
 
 
 def test_a_round_without_any_finite_client_changes_nothing():

@@ -52,7 +52,7 @@ def build(inputs: Inputs) -> Do:
         after, _ = jax.block_until_ready(
             program.train(program.knobs, state, program.train_set, plans)
         )
-        return {name: np.asarray(leaf[0]) for name, leaf in flat(after.variables.params).items()}
+        return {name: np.asarray(leaf)[0] for name, leaf in flat(after.variables.params).items()}
 
     def evaluate() -> dict[str, np.ndarray]:
         scores, _ = jax.block_until_ready(
@@ -60,7 +60,7 @@ def build(inputs: Inputs) -> Do:
                 state, program.test_set, program.test_index, program.train_set, program.train_index
             )
         )
-        return {"loss": np.asarray(scores.loss[0]), "accuracy": np.asarray(scores.accuracy[0])}
+        return {"loss": np.asarray(scores.loss)[0], "accuracy": np.asarray(scores.accuracy)[0]}
 
     return evaluate if inputs.work["kind"] == "evaluation" else train
 
