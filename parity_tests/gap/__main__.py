@@ -1,11 +1,12 @@
 """Where MobileNet's accuracy goes: the study that the project exists for.
 
-    python -m parity_tests.gap [--quick] [--out DIR] [--publish]
+    python -m parity_tests.gap [--quick] [--out DIR] [--publish [gap-again]]
 
 trains every arm in jaxfed, and the arms of the chain also in TFF and Keras, and writes `gap.json`
 and `report.html` to DIR. An interrupted study goes on where it was. `--publish` also writes what is
-committed: `docs/results/gap.json`, `docs/gap.md` with its pictures, and the README's first screen.
-Without it, the whole study says what it concludes otherwise than what is committed.
+committed: `docs/results/gap.json`, `docs/gap.md` with its pictures, and the README's first screen;
+`--publish gap-again` that it was made once more, on another machine. Without it, the whole study
+says what it concludes otherwise than what is committed.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from tff_reference import environment
 from tff_reference.process import ROOT, Worker
 
 COMMAND = "python -m parity_tests.gap"
-PUBLISHED = ROOT / "docs" / "results" / "gap.json"
+RESULTS = ROOT / "docs" / "results"
+PUBLISHED, AGAIN = RESULTS / "gap.json", RESULTS / "gap-again.json"
 SAME = "every conclusion and every verdict is as published in docs/results/gap.json"
 SUMMARY = "Where MobileNet's accuracy goes: Keras, jaxfed and TFF, one change at a time."
 
@@ -43,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=SUMMARY)
     parser.add_argument("--quick", action="store_true", help="2 arms, in a few minutes")
     parser.add_argument("--out", type=Path, default=Path("gap"), help="default: %(default)s")
-    parser.add_argument("--publish", action="store_true", help="also write what is committed")
+    parser.add_argument(
+        "--publish", nargs="?", const=PUBLISHED.stem, choices=[PUBLISHED.stem, AGAIN.stem],
+        help="also write what is committed; gap-again: as a repetition of what is there",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.quick and options.publish:
         parser.error("--publish: got --quick too, expected the whole study; leave one out")
@@ -63,10 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
               f"[{found['low']:+.3f}, {found['high']:+.3f}]  {mark}")  # fmt: skip
     print(f"written: {options.out / 'gap.json'}, {options.out / 'report.html'}")
     if options.publish:
-        publish(content)
+        publish(content, RESULTS / f"{options.publish}.json")
     elif not options.quick:
-        published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-        differ = otherwise(content["findings"], published["findings"])
+        differ = otherwise(content["findings"], _read(PUBLISHED)["findings"])
         print("\n".join(["unlike what is published:", *differ] if differ else [SAME]))
     return 0
 
@@ -128,15 +132,20 @@ def study(setting: Setting, out: Path, python: Path, quick: bool) -> dict[str, A
     return content
 
 
-def publish(content: dict[str, Any]) -> None:
-    """Writes what is committed."""
+def publish(content: dict[str, Any], path: Path) -> None:
+    """Writes what is committed: the study to `path`, and the pages anew."""
     docs = ROOT / "docs"
-    write_json(PUBLISHED, content)
+    write_json(path, content)
+    content, again = _read(PUBLISHED), _read(AGAIN) if AGAIN.exists() else None
     for name, picture in pages.figures(content).items():
         write_atomically(docs / f"{name}.svg", picture)
-    write_atomically(docs / "gap.md", pages.markdown(content))
+    write_atomically(docs / "gap.md", pages.markdown(content, again))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     write_atomically(ROOT / "README.md", pages.in_readme(readme, content))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class _Kept:

@@ -33,11 +33,13 @@ class Setting(NamedTuple):
     """Seeds that the learning rate is chosen by."""
     repeats: int
     """Runs of one seed in an arm that is repeated."""
+    more: tuple[int, ...]
+    """Further seeds of an arm that varies."""
 
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FULL = Setting((0, 1, 2), GRID, (3e-3, 1e-2), 25, 5, 4, 400, 2000, 2, 3)
-QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 24, 24, 2, 200, 1000, 1, 1)
+FULL = Setting((0, 1, 2), GRID, (3e-3, 1e-2), 25, 5, 4, 400, 2000, 2, 3, (3, 4, 5))
+QUICK = Setting((0, 1, 2), (1e-2,), (1e-2,), 24, 24, 2, 200, 1000, 1, 1, ())
 NUDGE = 1e-6
 """Every repeat starts from weights that are larger by another such part: by about their rounding.
 Training multiplies it until two runs are as far apart as two roundings of the same run can be."""
@@ -59,6 +61,8 @@ class Arm(NamedTuple):
     """Every seed at every rate that was tried, not at the chosen one alone."""
     repeated: bool = False
     """Also run, at the learning rate chosen, from starts that differ by rounding alone."""
+    varies: bool = False
+    """Also run, in jaxfed, with further seeds: they differ so much that a few do not tell."""
     rate_of: str | None = None
     """The arm whose learning rate it takes: one that trains exactly alike."""
 
@@ -110,7 +114,13 @@ def arms(setting: Setting, *, quick: bool) -> list[Arm]:
     for network in CHAINS[1:]:
         found += [
             arm(network, "central", central, reference=True),
-            arm(network, "IID", reference=True, about_rates=network == "CNN"),
+            arm(
+                network,
+                "IID",
+                reference=True,
+                about_rates=network == "CNN",
+                varies=network == "CNN",
+            ),
             arm(network, "shards", shards, reference=True),
         ]
     found += [
@@ -123,7 +133,7 @@ def arms(setting: Setting, *, quick: bool) -> list[Arm]:
         found += [
             arm(network, "IID, sorted by label", order="sorted"),
             arm(network, "IID, not shuffled", order="stored"),
-            arm(network, "IID, server Adam 1.0", adam),
+            arm(network, "IID, server Adam 1.0", adam, varies=network == "CNN"),
             arm(network, f"IID, {EPOCHS} local epochs", epochs),
         ]
     found.append(arm("small CNN", "IID"))

@@ -12,6 +12,7 @@ from parity_tests.gap.effects import (
     Stop,
     difference,
     effect,
+    paired,
     same,
     verdict,
     within_seeds,
@@ -43,7 +44,7 @@ def stops(network: str, way: str) -> list[Stop]:
 def chain(runs: Runs, network: str, way: str) -> dict[str, Any]:
     """The accuracy at every stop, the links between them, and the whole gap."""
     path = [stop for stop in stops(network, way) if runs.has(stop)]
-    values = [runs.accuracy(stop) for stop in path]
+    values = paired(*(runs.accuracy(stop) for stop in path))
     links = [difference(b, a) for a, b in itertools.pairwise(values)]
     return {
         "network": network,
@@ -104,6 +105,7 @@ def claims(runs: Runs) -> list[dict[str, Any]]:
 
 
 def _claim(text: str, view: str, advised: dict, other: dict) -> dict[str, Any]:
+    advised, other = paired(advised, other)
     found = difference(advised, other)
     return {
         "claim": text,
@@ -250,16 +252,25 @@ def findings(runs: Runs, names: Iterable[str], *, quick: bool) -> dict[str, Any]
 def otherwise(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """What two studies' findings do not conclude alike: conclusions and verdicts, a line each."""
 
-    def said(found: dict[str, Any]) -> dict[str, str]:
-        words = {None: "nothing claimed", True: "holds", False: "does not hold"}
-        return {
-            **{f"{c['about']}: {c['text']}": words[c["holds"]] for c in found["conclusions"]},
-            **{f"{c['claim']} ({c['view']})": c["verdict"] for c in found.get("claims", ())},
-        }
-
     one, other = said(ours), said(theirs)
+    absent = ("absent", None)
     return [
-        f"{name}: {one.get(name, 'absent')}, published: {other.get(name, 'absent')}"
+        f"{name}: {one.get(name, absent)[0]}, published: {other.get(name, absent)[0]}"
         for name in dict.fromkeys([*other, *one])
-        if one.get(name) != other.get(name)
+        if one.get(name, absent)[0] != other.get(name, absent)[0]
     ]
+
+
+def said(found: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Of everything that is concluded: what is said of it, and its effect."""
+    words = {None: "nothing claimed", True: "holds", False: "does not hold"}
+    return {
+        **{
+            f"{c['about']}: {c['text']}": (words[c["holds"]], c["effect"])
+            for c in found["conclusions"]
+        },
+        **{
+            f"{c['claim']} ({c['view']})": (c["verdict"], c["effect"])
+            for c in found.get("claims", ())
+        },
+    }

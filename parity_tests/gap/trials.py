@@ -132,7 +132,8 @@ def in_jaxfed(arm: Arm, setting: Setting, rate: float | None, programs: Programs
 
     Repeats are run at the best alone. Arms that differ in data alone share a program of `programs`.
     """
-    trials = [_trial(arm, setting, seed, 0) for seed in setting.seeds]
+    seeds = (*setting.seeds, *(setting.more if arm.varies else ()))
+    trials = [_trial(arm, setting, seed, 0) for seed in seeds]
     functions = _functions(arm, trials[0].case, programs)
 
     def at(rate: float, trials: list[Trial]) -> list[Run]:
