@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.jobs import FLOWER
 from jaxfed.folder import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +62,13 @@ def made(content: dict[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits."""
-    value = 1000 * seconds
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    """For example `8.35 ms`."""
+    return f"{digits(1000 * seconds)} ms"
+
+
+def digits(value: float) -> str:
+    """Three digits, or those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def overview() -> str:
@@ -74,7 +79,8 @@ def overview() -> str:
     for job, title in ROUNDS.items():
         cells = [title]
         for peer in peers:
-            found = [r for r in content["rows"] if (r["job"], r["peer"]) == (job, peer)]
+            at = job + FLOWER if peer == "flower" else job
+            found = [r for r in content["rows"] if (r["job"], r["peer"]) == (at, peer)]
             if not found or found[0]["absent"]:
                 cells.append("n/a")
                 continue
@@ -123,6 +129,45 @@ def every_peer() -> str:
     return table(head, rows) + f"\n\n{made(content)}"
 
 
+def at_once() -> str:
+    """ms of a round by the number of clients that are computed at once, on one device."""
+    content = results("cpu")
+    rows: dict[str, dict[str, float]] = {}
+    for row in content["sections"]["jobs"]:
+        if "ms" in row and "parallel" in row:
+            job = f"{row['job']}, {row['clients']} clients"
+            rows.setdefault(job, {})[row["parallel"] or "ms"] = row["ms"]
+    columns = list(dict.fromkeys(name for times in rows.values() for name in times))
+    lines = [
+        [job, *(digits(times[name]) if name in times else "" for name in columns)]
+        for job, times in rows.items()
+    ]
+    return table(["ms of a round", *columns], lines) + f"\n\n{of_device(content)}"
+
+
+def of_device(content: dict[str, Any]) -> str:
+    """Command, machine, date, of a file that `benchmarks.gpu` wrote."""
+    return f"`{content['command']}`, {content['device']}, {content['host']}, {content['date']}."
+
+
+def lowerings() -> str:
+    """ms of one layer's step for all clients, float32, by lowering."""
+    content = results("cpu")
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    for row in content["sections"]["lowerings"]:
+        if row.get("precision") == "float32" and row["batch"] == 20 and "ms" in row:
+            rows.setdefault((row["layer"], row["clients"]), {})[row["lowering"]] = row["ms"]
+    head = ["layer", "clients", "`lax.conv`: grouped", "one by one", "ours: `vmap`", "one by one"]
+    lines = []
+    for (layer, clients), times in rows.items():
+        ours = next(name for name in times if name in ("patches", "shifts"))
+        names = ("grouped", "sequential", ours, f"{ours}, sequential")
+        lines.append(
+            [layer, str(clients), *(digits(times[n]) if n in times else "" for n in names)]
+        )
+    return table(head, lines) + f"\n\n{of_device(content)}"
+
+
 def operations() -> str:
     """The longest operations of a round, a table a network."""
     content, parts = results("profile"), []
@@ -137,6 +182,8 @@ def operations() -> str:
 TABLES = {
     "peers": overview,
     "every peer": every_peer,
+    "at once": at_once,
+    "lowerings": lowerings,
     "operations": operations,
 }
 
