@@ -168,6 +168,21 @@ def lowerings() -> str:
     return table(head, lines) + f"\n\n{of_device(content)}"
 
 
+def precision() -> str:
+    """What the CNN has learnt in each precision."""
+    content = results("precision")
+    lines = [
+        [
+            row["precision"],
+            str(row["rounds"]),
+            *(f"{row[name]:.4f}" for name in ("train_loss", "test_loss", "test_accuracy")),
+        ]
+        for row in content["sections"]["precision"]
+    ]
+    head = ["products in", "rounds", "training loss", "test loss", "test accuracy"]
+    return table(head, lines) + f"\n\n{of_device(content)}"
+
+
 def operations() -> str:
     """The longest operations of a round, a table a network."""
     content, parts = results("profile"), []
@@ -184,6 +199,7 @@ TABLES = {
     "every peer": every_peer,
     "at once": at_once,
     "lowerings": lowerings,
+    "precision": precision,
     "operations": operations,
 }
 

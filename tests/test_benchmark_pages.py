@@ -27,7 +27,7 @@ def test_outside_of_the_tables_the_page_has_no_measured_times():
 
 
 def test_results_say_where_they_come_from():
-    for name in ("peers", "profile", "cpu"):
+    for name in ("peers", "profile", "cpu", "precision"):
         content = results(name)
         assert content["command"].startswith("python -m benchmarks.")
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"])

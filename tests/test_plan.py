@@ -1,5 +1,7 @@
 """Plans: every example once an epoch, nothing that depends on order of planning."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from toys import clients_of, plan_of
 
 from jaxfed import make_plan, make_schedule
+from jaxfed.data.partition import Partition
 from jaxfed.plan import stack_plans
 
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
@@ -90,3 +93,20 @@ def test_stacked_plans_are_padded_to_the_largest(sizes):
         steps = plan.rows.shape[1]
         assert np.array_equal(index[:, :steps, : plan.rows.shape[2]], plan.rows)
         assert (index[:, steps:] == -1).all()
+
+
+def test_planning_costs_what_the_cohort_does_whatever_the_population():
+    def peak(population):
+        order, offsets = np.arange(population, dtype=np.int32), np.arange(population + 1)
+        schedule = make_schedule(
+            Partition(order, offsets), seed=0, clients_per_round=100, epochs=1, batch_size=1,
+            shuffle=True,
+        )  # fmt: skip
+        tracemalloc.start()
+        make_plan(schedule, 1)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10**4)  # what is made once
+    assert peak(10**6) < 2 * peak(10**4)
