@@ -121,10 +121,12 @@ def gap(one: Run, other: Run) -> Gap:
 
 def environment(devices: int) -> dict[str, str]:
     """For a process with so many virtual CPU devices."""
-    force = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {force}"
-    return env
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def free_port() -> int:
@@ -159,6 +161,9 @@ def child(folder: str, policy: str, dtype: str, processes: str, number: str, por
 
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(number))
+    expected = int(os.environ["JAX_NUM_CPU_DEVICES"])
+    if (got := jax.local_device_count()) != expected:
+        raise RuntimeError(f"got {got} devices, expected {expected}")
     import jaxfed
     from jaxfed.experiment import override
 

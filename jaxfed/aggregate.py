@@ -58,17 +58,38 @@ def map_sum(
 
     def of_device(shared: Any, seats: Any) -> tuple[Tree, Tree]:
         total, reports = _sum(lambda seat: contribute(shared, seat), seats, chunk)
-        # As one vector each: on CPU every array more is another meeting of all devices.
-        summed, total_of = ravel_pytree(total)
-        reported, reports_of = ravel_pytree(reports)
+        summed, total_of = _vectors(total)
+        reported, reports_of = _vectors(reports)
         total = total_of(jax.lax.psum(summed, axes))
-        reports = jax.vmap(reports_of)(jax.lax.all_gather(reported, axes))
+        reports = jax.vmap(reports_of, axis_size=devices)(jax.lax.all_gather(reported, axes))
         return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), reports)
 
     total, reports = jax.shard_map(
         of_device, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False
     )(shared, seats)
     return total, jax.tree.map(lambda leaf: leaf[:count], reports)
+
+
+def _vectors(tree: Tree) -> tuple[list[Array], Callable[[list[Array]], Tree]]:
+    """All leaves of a dtype as one vector, and the way back; truth values go with the floats.
+
+    On CPU every array more in a collective operation is another meeting of all devices.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = [jnp.dtype(jnp.float32) if leaf.dtype == bool else leaf.dtype for leaf in leaves]
+    packed = {
+        kind: ravel_pytree([leaf for leaf, k in zip(leaves, kinds, strict=True) if k == kind])
+        for kind in dict.fromkeys(kinds)
+    }
+
+    def back(vectors: list[Array]) -> Tree:
+        parts = {
+            kind: iter(unravel(vector))
+            for (kind, (_, unravel)), vector in zip(packed.items(), vectors, strict=True)
+        }
+        return structure.unflatten([next(parts[kind]) for kind in kinds])
+
+    return [vector for vector, _ in packed.values()], back
 
 
 def _sorted(

@@ -79,6 +79,7 @@ def test_interrupted_by_one_process_and_resumed_equals_a_run_of_one(tmp_path):
     assert ended(children) == [0, 0], (said(tmp_path, 0), said(tmp_path, 1))
     assert said(tmp_path, 1) == []
     assert [row["round"] for row in rows_of(cut)] == list(range(1, 61))
+    assert json.loads((cut / "summary.json").read_text())["device"].startswith("cpu x4")
     for row, expected in zip(rows_of(cut), rows_of(whole), strict=True):
         for key in METRICS:
             got, wanted = row[key], expected[key]

@@ -90,3 +90,26 @@ def test_the_doc_shows_the_committed_table():
         cells.append(f"{row['metrics']:.0e}")
     for (topology, policy), cells in table.items():
         assert f"| {topology} | `{policy}` | {' | '.join(cells)} |" in page
+
+
+INTEGERS = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxfed.aggregate import map_sum
+from jaxfed.program import all_devices
+
+def contribute(shared, seat):  # 2**24 + 1 is no float32
+    there = seat >= 0
+    summands = {"count": jnp.where(there, 2**24 + 1, 0), "weight": jnp.where(there, 0.5, 0)}
+    return summands, {"id": 2**24 + 1 + seat, "odd": seat % 2 == 1, "half": seat / 2, "none": None}
+
+seats = jnp.arange(5, dtype=jnp.int32)
+one = map_sum(contribute, (), seats, 1)
+two = jax.jit(lambda seats: map_sum(contribute, (), seats, 1, all_devices(), 5 - seats))(seats)
+assert len(jax.devices()) == 2
+jax.tree.map(np.testing.assert_array_equal, one, two)
+assert jax.tree.map(lambda leaf: leaf.dtype, one) == jax.tree.map(lambda leaf: leaf.dtype, two)
+"""
+
+
+def test_integers_and_truth_values_come_through_collectives_exactly():
+    subprocess.run([sys.executable, "-c", INTEGERS], check=True, cwd=ROOT, env=environment(2))
