@@ -58,8 +58,8 @@ def profile(model: str) -> list[dict[str, Any]]:
     import jax
 
     from jaxfed import Experiment
+    from jaxfed.config import override
     from jaxfed.data import fit, load
-    from jaxfed.experiment import override
     from jaxfed.plan import make_plan, stack_plans
     from jaxfed.prepare import prepare
     from jaxfed.program import compile_tasks
@@ -74,7 +74,7 @@ def profile(model: str) -> list[dict[str, Any]]:
     task = prepare(experiment, dataset=fit(load("digits"), side, side))
     program = compile_tasks([task])
     plans = [make_plan(task.schedule, number) for number in range(1, ROUNDS + 1)]
-    inputs = program.knobs, program.state, program.train_set, stack_plans([stack_plans(plans)])
+    inputs = program.numbers, program.state, program.train_set, stack_plans([stack_plans(plans)])
     jax.block_until_ready(program.train(*inputs))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):

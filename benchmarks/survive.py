@@ -10,6 +10,7 @@ undisturbed one's. Exit code 0: nothing differs, 1: something does.
 
 import argparse
 import csv
+import gzip
 import json
 import os
 import random
@@ -125,6 +126,8 @@ def _numbers(out: Path) -> dict[str, Any]:
             with path.open() as file:
                 for number, row in enumerate(csv.DictReader(file)):
                     found |= {f"{name} {number} {k}": v for k, v in row.items() if k not in SECONDS}
+        elif path.suffix == ".gz":
+            found[name] = gzip.decompress(path.read_bytes()).decode()
         elif path.suffix == ".npz":
             with np.load(path) as file:
                 found |= {f"{name} {k}": v for k, v in file.items() if k != "notes"}

@@ -165,7 +165,7 @@ def child(folder: str, policy: str, dtype: str, processes: str, number: str, por
     if (got := jax.local_device_count()) != expected:
         raise RuntimeError(f"got {got} devices, expected {expected}")
     import jaxfed
-    from jaxfed.experiment import override
+    from jaxfed.config import override
 
     changes = {**SETTING, "model.batch_stats": policy, "dtype": dtype}
     result = jaxfed.run(override(jaxfed.Experiment(), changes))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_unflatten
 
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 from jaxfed.folder import CHECKPOINTS, write_atomically
 
 FORMAT = 1

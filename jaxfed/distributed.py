@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 
 Result = TypeVar("Result")
 

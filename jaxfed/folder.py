@@ -4,22 +4,20 @@ import contextlib
 import csv
 import errno
 import fcntl
+import gzip
 import io
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxfed.experiment import ConfigError, Experiment, dotted_keys, from_json, to_dict, to_json
+from jaxfed.config import ConfigError, Experiment, dotted_keys, from_json, to_json, value_of
 
-CONFIG, METRICS, SUMMARY, CHECKPOINTS = (
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "checkpoints",
-)
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS, PARTICIPATION = "checkpoints", "participation.csv.gz"
 LOCK, TEMPORARY = ".lock", ".tmp"
 NOT_THE_NAME = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Reasons for which no file can be written, whatever it is called."""
@@ -130,18 +128,21 @@ def begin(path: Path, experiment: Experiment, points: Sequence[str] = (), *, res
             f"--rounds: got {experiment.rounds}, expected {old.rounds} or more, to go on with the "
             f"run in {str(path)!r}"
         )
+    if experiment.rounds != old.rounds and "cosine" in (
+        experiment.client.schedule, experiment.server.schedule
+    ):  # fmt: skip
+        raise ConfigError(
+            f"--rounds: got {experiment.rounds}, expected {old.rounds}, since a cosine schedule "
+            "depends on it; give the same number, or name another --out"
+        )
     write_atomically(config, to_json(experiment))
 
 
 def _differing(old: Experiment, new: Experiment) -> list[str]:
-    def at(experiment: Experiment, key: str) -> Any:
-        node: Any = to_dict(experiment)
-        for part in key.split("."):
-            node = node[part]
-        return node
-
-    keys = [key for key in dotted_keys() if key != "rounds" and at(old, key) != at(new, key)]
-    return [f"{key}: was {at(old, key)}, now {at(new, key)}" for key in keys]
+    keys = [
+        key for key in dotted_keys() if key != "rounds" and value_of(old, key) != value_of(new, key)
+    ]
+    return [f"{key}: was {value_of(old, key)}, now {value_of(new, key)}" for key in keys]
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -151,6 +152,56 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # they are not to be missed by a checkpoint that comes after
+
+
+def append_clients(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds who took part to `participation.csv.gz`, as one more member of the archive.
+
+    `pandas.read_csv(path)` reads all members as one table.
+    """
+    if not rows:
+        return
+    file = path / PARTICIPATION
+    text = "" if file.exists() else ",".join(rows[0]) + "\n"
+    text += "".join(",".join(map(_cell, row.values())) + "\n" for row in rows)
+    with file.open("ab") as target:
+        target.write(gzip.compress(text.encode(), mtime=0))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _members(path: Path) -> tuple[list[str], bool]:
+    """The lines of `participation.csv.gz`, and whether its last member is whole."""
+    text, content = "", b""
+    with contextlib.suppress(FileNotFoundError):
+        content = (path / PARTICIPATION).read_bytes()
+    while content:
+        member = zlib.decompressobj(wbits=31)  # of gzip's format
+        try:
+            more = member.decompress(content).decode()
+        except (zlib.error, ValueError):
+            return text.splitlines(), False
+        if not member.eof:
+            return text.splitlines(), False
+        text, content = text + more, member.unused_data
+    return text.splitlines(), True
+
+
+def keep_clients(path: Path, rounds: int) -> None:
+    """Drops what `participation.csv.gz` holds of later rounds: they will be run again."""
+    lines, whole = _members(path)
+    kept = lines[:1] + [line for line in lines[1:] if int(line.partition(",")[0]) <= rounds]
+    if whole and kept == lines:
+        return
+    if len(kept) > 1:
+        text = "".join(f"{line}\n" for line in kept)
+        write_atomically(path / PARTICIPATION, gzip.compress(text.encode(), mtime=0))
+    else:
+        (path / PARTICIPATION).unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

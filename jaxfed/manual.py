@@ -11,13 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from jaxfed.batch_stats import POLICIES
+from jaxfed.aggregators import AGGREGATORS
+from jaxfed.algorithms import ALGORITHMS
+from jaxfed.config import Spec
+from jaxfed.core.batch_stats import POLICIES
 from jaxfed.data import PARTITIONS
 from jaxfed.data.dataset import SOURCES
 from jaxfed.data.tfds import COMMON, data_dir
-from jaxfed.experiment import ALGORITHMS
 from jaxfed.models import MODELS, ModelSpec
 from jaxfed.optimizers import OPTIMIZERS
+from jaxfed.resolve import TABLES
+from jaxfed.tasks import TASKS
 
 Row = tuple[str, str]
 """A flag or a name, and its line."""
@@ -64,14 +68,25 @@ def list_text(width: int = 100) -> str:
             "models: --model.name": (
                 (name, f"{spec.description}; {_limits(spec)}") for name, spec in MODELS.items()
             ),
-            "BatchNorm's statistics: --model.batch_stats": POLICIES.items(),
+            "BatchNorm's statistics: --model.batch_stats": (
+                (name, policy.summary) for name, policy in POLICIES.items()
+            ),
             "optimizers: --client.optimizer, --server.optimizer": (
                 (name, spec.summary) for name, spec in OPTIMIZERS.items()
             ),
-            "algorithms: --algorithm": ALGORITHMS.items(),
+            "tasks: --task": ((name, spec.summary) for name, spec in TASKS.items()),
+            "algorithms: --algorithm": _specs(ALGORITHMS),
+            "aggregators: --server.aggregator": _specs(AGGREGATORS),
         },
         width,
     ).lstrip("\n")
+
+
+def _specs(table: Mapping[str, Spec]) -> list[Row]:
+    return [
+        (name, spec.summary + (f" ({spec.source})" if spec.source else ""))
+        for name, spec in table.items()
+    ]
 
 
 def _limits(spec: ModelSpec) -> str:
@@ -102,6 +117,7 @@ def _flags(part: Any, names: Sequence[str] | None = None, prefix: str = "") -> l
             continue
         options = get_args(kind) if get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
         words = [w for o in options if get_origin(o) is Literal for w in get_args(o)]
+        words += TABLES.get(prefix + name, ())
         choices = f" [{', '.join(words)}]" if words else ""
         shown = "" if value is False else f" {value}"
         if value in (None, "", []):

@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxfed.algorithm import Cohort, FedAlgorithm, RoundMetrics, State, central, fedavg, fedsgd
-from jaxfed.client import Examples
-from jaxfed.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator
-from jaxfed.experiment import Experiment
-from jaxfed.optimizers import optimizer
+from jaxfed.config import Experiment, numbers
+from jaxfed.core.evaluate import RECALIBRATION_EXAMPLES, batches, evaluator
+from jaxfed.core.federated import Cohort, FedAlgorithm, Report, State
+from jaxfed.core.problem import Examples
+from jaxfed.core.tree import replace
 from jaxfed.plan import Plan, make_plan, stack_plans
-from jaxfed.prepare import Task, compute_dtype, precision
+from jaxfed.precision import precision
+from jaxfed.prepare import Task, make_algorithm
 
 EVAL_BATCH = 200
 PLAN_BYTES = 64 * 2**20
@@ -31,17 +32,8 @@ AUTO_CHUNK = {"cpu": 1, "gpu": 128, "tpu": 128}
 """Clients at once on a device under `parallel="auto"`. Measured on CPU (benchmarks/README.md): one
 client's arrays fit into a core's cache, those of ten do not. Not yet measured on the others."""
 
-Knob = Float[Array, "*points"] | float
-
-
-class Knobs(NamedTuple):
-    """The numbers that may differ between the points of one compiled program."""
-
-    client_lr: Knob
-    client_momentum: Knob
-    server_lr: Knob
-    server_momentum: Knob
-    prox_mu: Knob
+Numbers = dict[str, Float[Array, "*points"]]
+"""The numbers of a program by key (`client.lr`), which may differ between its points."""
 
 
 class Program(NamedTuple):
@@ -49,10 +41,10 @@ class Program(NamedTuple):
 
     tasks: Sequence[Task]
     length: int
-    """Rounds a dispatch."""
+    """Rounds per dispatch."""
     train: Any
     evaluate: Any
-    knobs: Knobs
+    numbers: Numbers
     train_set: Examples
     test_set: Examples
     test_index: Array
@@ -88,40 +80,13 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def make_algorithm(task: Task, knobs: Knobs, mesh: Mesh | None = None) -> FedAlgorithm:
-    """The algorithm an experiment names, with its numbers taken from `knobs` (may be traced)."""
-    if task.algorithm is not None:
-        return task.algorithm(task.model, mesh)
-    experiment = task.experiment
-    client_tx = optimizer(experiment.client.optimizer, knobs.client_lr, knobs.client_momentum)
-    server_tx = optimizer(experiment.server.optimizer, knobs.server_lr, knobs.server_momentum)
-    dtype = compute_dtype(experiment)
-    if experiment.algorithm == "central":
-        return central(task.model, client_tx, dtype=dtype)
-    weighting, policy = experiment.weighting, experiment.model.batch_stats or "frozen"
-    population, chunk = task.partition.num_clients, chunk_of(experiment)
-    if experiment.algorithm == "fedsgd":
-        return fedsgd(
-            task.model, server_tx, weighting=weighting, batch_stats=policy, chunk=chunk,
-            mesh=mesh, dtype=dtype,
-        )  # fmt: skip
-    return fedavg(
-        task.model, client_tx, server_tx, weighting=weighting, batch_stats=policy,
-        prox_mu=knobs.prox_mu if experiment.algorithm == "fedprox" else None,
-        num_clients=population, chunk=chunk, mesh=mesh, dtype=dtype,
-    )  # fmt: skip
-
-
-def knobs_of(experiment: Experiment) -> Knobs:
-    """The numbers of an experiment that a sweep may vary without compiling again."""
-    client, server = experiment.client, experiment.server
-    return Knobs(
-        client.lr, client.momentum or 0.0, server.lr, server.momentum or 0.0, client.prox_mu or 0.0
-    )
+def algorithm_of(task: Task, given: dict[str, Any], mesh: Mesh | None = None) -> FedAlgorithm:
+    """The algorithm of a task as its experiment runs it; `given` numbers may be traced."""
+    return make_algorithm(task, given, chunk=chunk_of(task.experiment), mesh=mesh)
 
 
 def segment_length(task: Task, checkpoint_every: int | None = None, done: int = 0) -> int:
-    """Rounds a dispatch: it ends at every evaluation and checkpoint, and divides what is to do."""
+    """Rounds per dispatch: a divisor of the rounds to every evaluation, checkpoint, and the end."""
     experiment = task.experiment
     length = math.gcd(experiment.rounds, experiment.eval_every, checkpoint_every or 0, done)
     seats = 1 if task.schedule.pooled else task.schedule.clients_per_round
@@ -132,9 +97,15 @@ def segment_length(task: Task, checkpoint_every: int | None = None, done: int = 
 
 
 def initial_state(task: Task, key: Array) -> State:
-    """What the first round begins with."""
-    algorithm = make_algorithm(task, knobs_of(task.experiment))
-    return algorithm.init(task.model.init(key))
+    """The state before the first round."""
+    variables = task.problem.init(key)
+    if task.start is not None:
+        given = {name: jnp.asarray(leaf) for name, leaf in task.start.arrays.items()}
+        like = jax.tree.map(jnp.result_type, variables)
+        variables = jax.tree.map(
+            lambda leaf, dtype: leaf.astype(dtype), replace(variables, given), like
+        )
+    return algorithm_of(task, {}).init(variables)
 
 
 def state_like(task: Task) -> State:
@@ -146,12 +117,12 @@ def state_like(task: Task) -> State:
 def compile_tasks(
     tasks: Sequence[Task], checkpoint_every: int | None = None, done: int = 0
 ) -> Program:
-    """Compiles the training segment and the evaluation for tasks that differ in knobs and seed.
+    """Compiles the training segment and the evaluation for tasks that differ in numbers and seed.
 
     Ahead of time, so that nothing can be compiled again later: a call with other shapes fails.
 
     Args:
-      tasks: whose experiments differ in seed and knobs only.
+      tasks: whose experiments differ in seed and numbers only.
       checkpoint_every: rounds after which the state has to be at hand.
       done: rounds that were run before; `jaxfed.segments` goes on from there.
     """
@@ -163,20 +134,19 @@ def compile_tasks(
 def _compile(tasks: Sequence[Task], length: int) -> Program:
     started = time.perf_counter()
     first = tasks[0]
-    knobs = jax.tree.map(lambda *leaves: jnp.asarray(leaves, float), *(
-        knobs_of(task.experiment) for task in tasks
-    ))  # fmt: skip
+    every = [numbers(task.experiment) for task in tasks]
+    given = {key: jnp.asarray([each[key] for each in every], float) for key in every[0]}
     dataset = first.dataset
     # Central training is one sequence of steps, which nothing can share.
-    alone = first.experiment.algorithm == "central" and jax.process_count() == 1
+    alone = first.schedule.pooled and jax.process_count() == 1
     mesh = None if alone else all_devices()
-    train_set, test_set, test_index, train_index, knobs = replicated(
+    train_set, test_set, test_index, train_index, given = replicated(
         (
             Examples(dataset.x_train, dataset.y_train),
             Examples(dataset.x_test, dataset.y_test),
             batches(np.arange(len(dataset.y_test)), EVAL_BATCH),
             _stacked([_recalibration_rows(task) for task in tasks]),
-            knobs,
+            given,
         ),
         mesh,
     )
@@ -184,24 +154,27 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
     states = [init(jax.random.key(task.experiment.seed)) for task in tasks]
     state = replicated(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), mesh)
     policy = first.experiment.model.batch_stats or "frozen"
-    evaluate = evaluator(first.model, policy, dtype=compute_dtype(first.experiment), mesh=mesh)
 
-    def train_points(knobs: Knobs, state: State, train_set: Examples, plans: Plan) -> Any:
-        def one(point: tuple) -> tuple[State, RoundMetrics]:
-            knobs, state, plans = point
-            algorithm = make_algorithm(first, knobs, mesh)
+    def train_points(given: Numbers, state: State, train_set: Examples, plans: Plan) -> Any:
+        def one(point: tuple) -> tuple[State, Report]:
+            given, state, plans = point
+            algorithm = algorithm_of(first, given, mesh)
             return jax.lax.scan(
                 lambda state, plan: algorithm.round(state, Cohort(train_set, plan)), state, plans
             )
 
-        return jax.lax.map(one, (knobs, state, plans))
+        return jax.lax.map(one, (given, state, plans))
 
     def evaluate_points(
         state: State, test: Examples, test_index: Array, train: Examples, train_index: Array
     ) -> Any:
+        personal = algorithm_of(first, {}, mesh).personal
+        evaluate = evaluator(first.problem, policy, personal, mesh=mesh)
+
         def one(point: tuple) -> Any:
             state, train_index = point
-            return evaluate(state, test, test_index, train, train_index)
+            metrics, variables = evaluate(state, test, test_index, train, train_index)
+            return {name: mean.value() for name, mean in metrics.items()}, variables
 
         return jax.lax.map(one, (state, train_index))
 
@@ -210,12 +183,12 @@ def _compile(tasks: Sequence[Task], length: int) -> Program:
     # Nothing is donated: a run that diverges goes back to the state that it came from.
     train_program = jax.jit(train_points, out_shardings=everywhere)
     evaluate_program = jax.jit(evaluate_points, out_shardings=everywhere)
-    train_compiled = train_program.lower(knobs, state, train_set, plans).compile()
+    train_compiled = train_program.lower(given, state, train_set, plans).compile()
     evaluate_compiled = evaluate_program.lower(
         state, test_set, test_index, train_set, train_index
     ).compile()
     return Program(
-        tasks, length, train_compiled, evaluate_compiled, knobs, train_set, test_set, test_index,
+        tasks, length, train_compiled, evaluate_compiled, given, train_set, test_set, test_index,
         train_index, state, mesh, time.perf_counter() - started,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Runs that can be stopped at any moment, and gone on with to the same numbers.
+"""Interruptible runs: continued, they give the same numbers as if never stopped.
 
 A run's folder is the truth about it: what a point of a sweep has done so far stands in that
 point's own folder, in `metrics.jsonl` and `checkpoints/`, just as for a run.
@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfed import checkpoint, distributed, folder, tensorboard
-from jaxfed.algorithm import State
-from jaxfed.experiment import ConfigError, Experiment
-from jaxfed.prepare import Task, precision
+from jaxfed.config import ConfigError
+from jaxfed.core.federated import State
+from jaxfed.core.model import Variables
+from jaxfed.precision import precision
+from jaxfed.prepare import Task
 from jaxfed.program import Program, replicated, state_like
 from jaxfed.run import summarize
-from jaxfed.segments import segments
+from jaxfed.segments import Best, is_over, no_best, segments
 
 SAVE_SECONDS = 60.0
 """After so long the state is saved, unless the user has said when."""
@@ -36,6 +39,8 @@ class Start(NamedTuple):
     histories: list[list[dict[str, Any]]]
     spent: dict[str, float]
     """Seconds, of the processes before this one."""
+    best: Best | None = None
+    """The best networks so far; None before the first round."""
 
 
 class Outcome(NamedTuple):
@@ -45,6 +50,7 @@ class Outcome(NamedTuple):
     summaries: list[dict[str, Any]]
     state: State
     """After the last round; a leading axis `[points]` on every leaf."""
+    best: Best
     signal: int
     """The signal that ended it, or 0."""
 
@@ -54,15 +60,14 @@ NOTHING_SPENT = {
 }  # fmt: skip
 
 
-def finished(
-    path: Path | None, experiment: Experiment
-) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+def finished(path: Path | None, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     """History and summary of a run that has nothing left to do, or None."""
     summary = folder.read_summary(path) if path else None
     if path is None or summary is None:
         return None
-    if summary.get("rounds") == experiment.rounds or summary.get("diverged_in_round"):
-        return folder.read_rows(path), summary
+    history = folder.read_rows(path)
+    if summary.get("rounds") == task.experiment.rounds or is_over(task, history):
+        return history, summary
     return None
 
 
@@ -73,20 +78,34 @@ def find_start(tasks: Sequence[Task], paths: Sequence[Path | None], *, resume: b
       ConfigError: if what is there is of another experiment, or incomplete.
     """
     homes = [path for path in paths if path]
-    found = checkpoint.newest(homes, state_like(tasks[0])) if resume and homes else None
+    found = checkpoint.newest(homes, _saved_like(tasks[0])) if resume and homes else None
     if found is None:
         return Start(0, None, [[] for _ in tasks], NOTHING_SPENT)
     number, saved = found
     histories = [folder.read_rows(home)[:number] for home in homes]
     for home, history in zip(homes, histories, strict=True):
-        if len(history) < number and not (history and history[-1]["diverged"]):
+        if len(history) < number and not is_over(tasks[0], history):
             raise ConfigError(
                 f"--resume: {home / folder.METRICS} holds {len(history)} rounds, expected "
                 f"{number}, as many as the saved state; put it back, or name another --out"
             )
     with precision(tasks[0].experiment):
-        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for state, _ in saved))
-    return Start(number, state, histories, saved[0][1])
+        state, variables = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(trees for trees, _ in saved)
+        )
+    notes = [notes for _, notes in saved]
+    best = Best(
+        np.array([each["best_round"] for each in notes]),
+        np.array([np.nan if (s := each["best_score"]) is None else s for each in notes], float),
+        variables,
+    )
+    return Start(number, state, histories, notes[0]["spent"], best)
+
+
+def _saved_like(task: Task) -> tuple[State, Variables]:
+    """Shapes and dtypes of a checkpoint: the state, and the best network so far."""
+    state = state_like(task)
+    return state, state.variables
 
 
 @contextlib.contextmanager
@@ -138,17 +157,26 @@ def run_program(
         with precision(tasks[0].experiment):
             state = replicated(start.state, program.mesh)
 
+    best = start.best or no_best(program.state.variables, len(tasks))
+
     def save() -> None:
-        host = jax.device_get(state)
+        host = jax.device_get((state, best.variables))
         so_far = {**spent, "seconds": spent["seconds"] + time.perf_counter() - began}
         for point, path in enumerate(paths):
             if path:
                 mine = jax.tree.map(lambda leaf, point=point: leaf[point], host)
-                checkpoint.save(path, number, mine, so_far)
+                score = float(best.score[point])
+                notes = {
+                    "spent": so_far,
+                    "best_round": int(best.round[point]),
+                    "best_score": None if np.isnan(score) else score,
+                }
+                checkpoint.save(path, number, mine, notes)
 
     for path, history in zip(paths, histories, strict=True):
         if path:
             folder.rewrite_rows(path, history)
+            folder.keep_clients(path, number)
     if number:
         on_rounds(histories[0])
     with contextlib.ExitStack() as stack:
@@ -160,13 +188,14 @@ def run_program(
             if add:
                 add(history)
         stop = stack.enter_context(listening())
-        for segment in segments(program, state, histories, number):
-            number, state = segment.last_round, segment.state
-            for history, rows, path, add in zip(
-                histories, segment.rows, paths, adders, strict=True
+        for segment in segments(program, state, histories, number, start.best):
+            number, state, best = segment.last_round, segment.state, segment.best
+            for history, rows, clients, path, add in zip(
+                histories, segment.rows, segment.clients, paths, adders, strict=True
             ):
                 history.extend(rows)
                 if path:
+                    folder.append_clients(path, clients)
                     folder.append_rows(path, rows)
                 if add:
                     add(rows)
@@ -188,4 +217,4 @@ def run_program(
     spent["seconds"] += time.perf_counter() - began
     pairs = zip(tasks, histories, strict=True)
     summaries = [summarize(task, history, spent) for task, history in pairs]
-    return Outcome(histories, summaries, state, caught)
+    return Outcome(histories, summaries, state, best, caught)

@@ -6,6 +6,7 @@ load_run("runs/a") -> SavedRun(experiment, history, summary, variables, clients)
 import csv
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +14,10 @@ import jax
 import numpy as np
 
 from jaxfed import folder
-from jaxfed.experiment import ConfigError, Experiment, from_json
-from jaxfed.model import Tree, Variables
+from jaxfed.config import ConfigError, Experiment, from_json
+from jaxfed.core.model import Tree, Variables
 
-WEIGHTS, CLIENTS = "weights.npz", "clients.csv"
+WEIGHTS, BEST, CLIENTS = "weights.npz", "best.npz", "clients.csv"
 
 
 class SavedRun(NamedTuple):
@@ -25,12 +26,12 @@ class SavedRun(NamedTuple):
     experiment: Experiment
     """With every default filled in."""
     history: list[dict[str, Any]]
-    """One row a round: round, train_loss, train_accuracy, test_loss, test_accuracy, ..."""
+    """One dict per round: round, train_loss, test_loss, and so on for every metric."""
     summary: dict[str, Any]
     variables: Variables
     """The server's final weights as numpy arrays, with the statistics that were evaluated."""
     clients: list[dict[str, Any]]
-    """One row a client: client, images, accuracy, loss, class_0, class_1, ..."""
+    """One dict per client: client, images, accuracy, loss, class_0, class_1, ..."""
 
 
 def load_run(path: str | Path) -> SavedRun:
@@ -95,22 +96,20 @@ def read_weights(path: str | Path) -> Variables:
 
 
 def client_rows(
-    sizes: np.ndarray, labels: np.ndarray, accuracy: np.ndarray, loss: np.ndarray
+    sizes: np.ndarray, labels: np.ndarray, scores: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """The rows of `clients.csv`.
 
     Args:
-      sizes: images of each client, [K].
-      labels: images of each class that each client holds, [K, classes].
-      accuracy: of the final network on each client's own training images, [K]; NaN: unknown.
-      loss: likewise.
+      sizes: examples of each client, [K].
+      labels: examples of each class that each client holds, [K, classes]; [K, 0] without classes.
+      scores: metrics of the final network on each client's training examples, [K]; NaN: unknown.
     """
     return [
         {
             "client": client,
             "images": int(sizes[client]),
-            "accuracy": _number(accuracy[client]),
-            "loss": _number(loss[client]),
+            **{name: _number(values[client]) for name, values in sorted(scores.items())},
             **{f"class_{label}": int(count) for label, count in enumerate(labels[client])},
         }
         for client in range(len(sizes))
@@ -126,9 +125,9 @@ def read_clients(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         return [
             {
-                key: (None if text == "" else float(text))
-                if key in ("accuracy", "loss")
-                else int(text)
+                key: int(text)
+                if key in ("client", "images") or key.startswith("class_")
+                else (None if text == "" else float(text))
                 for key, text in row.items()
             }
             for row in csv.DictReader(file)

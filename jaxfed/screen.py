@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jaxfed.batch_stats import POLICIES
-from jaxfed.experiment import ClientConfig, ServerConfig
+from jaxfed.config import ClientConfig, ServerConfig
+from jaxfed.core.batch_stats import POLICIES
+from jaxfed.optimizers import OPTIMIZERS
 from jaxfed.prepare import Task
 from jaxfed.program import chunk_of
 from jaxfed.run import device_name, name_of
@@ -32,22 +33,36 @@ def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> 
     side = "x".join(map(str, dataset.x_train.shape[1:]))
     swept = f"  ({points} points, {programs} compiled)" if points > 1 else ""
     line("experiment", name_of(experiment) + swept)
-    images = f"{len(dataset.y_train)} + {len(dataset.y_test)} images"
-    line("data", f"{dataset.name}: {images}, {side}, {dataset.num_classes} classes")
+    what = "images" if dataset.has_images else f"{dataset.x_train.dtype} examples"
+    count = f"{len(dataset.y_train)} + {len(dataset.y_test)} {what}"
+    classes = f", {dataset.num_classes} classes" if dataset.num_classes else ""
+    line("data", f"{dataset.name}: {count}, {side}{classes}")
     for note in dataset.notes:
         line("", note)
-    clients = f"{len(sizes)} clients of {sizes.min()} to {sizes.max()} images"
+    if experiment.task != "classification":
+        line("task", str(experiment.task))
+    clients = f"{len(sizes)} clients of {sizes.min()} to {sizes.max()} examples"
     line("partition", f"{config.partition}: {clients}, {len(task.partition.order)} in all")
-    network = f"{experiment.model.name}, width {experiment.model.width:g}"
-    norm = f", norm {experiment.model.norm}" if experiment.model.norm else ""
-    line("model", f"{network}{norm}: {task.parameters:,} parameters")
+    model = experiment.model
+    width = f", width {model.width:g}" if model.width is not None else ""
+    norm = f", norm {model.norm}" if model.norm else ""
+    scaled = f", pixels {model.input_range}" if model.input_range not in (None, "0..1") else ""
+    frozen = f", frozen {model.frozen}" if model.frozen else ""
+    line("model", f"{model.name}{width}{norm}{scaled}{frozen}: {task.parameters:,} parameters")
+    if task.start is not None:
+        line("init", task.start.note)
     if policy := experiment.model.batch_stats:
-        line("batch norm", f"{task.statistics:,} statistics, {policy}: {POLICIES[policy]}")
-    prox = f", mu {client.prox_mu:g}" if client.prox_mu is not None else ""
-    steps = f"{client.epochs} epoch(s), batch {task.schedule.batch}, {task.schedule.steps} steps"
-    line("client", f"{_optimizer(client)}{prox}, {steps}")
-    if experiment.algorithm != "central":
-        line("server", f"{_optimizer(server)}, weights by {experiment.weighting}")
+        line("batch norm", f"{task.statistics:,} statistics, {policy}: {POLICIES[policy].summary}")
+    mu = f", mu {client.mu:g}" if client.mu is not None else ""
+    steps = (
+        f"{client.epochs or 1} epoch(s), batch {task.schedule.batch}, {task.schedule.steps} steps"
+    )
+    trained = f"{optimizer_text(client)}{mu}, " if client.lr is not None else ""
+    line("client", f"{trained}{steps}")
+    if server.lr is not None:
+        how = f"{server.aggregator} of messages, " if server.aggregator else ""
+        weighted = f"weights by {experiment.weighting}" if experiment.weighting else ""
+        line("server", f"{optimizer_text(server)}, {how}{weighted}".strip(", "))
     cohort = f"{experiment.clients_per_round} clients each"
     line(
         "rounds",
@@ -60,9 +75,21 @@ def header(console: Console, task: Task, points: int = 1, programs: int = 1) -> 
     console.print(grid)
 
 
-def _optimizer(config: ClientConfig | ServerConfig) -> str:
-    momentum = f", momentum {config.momentum:g}" if config.momentum is not None else ""
-    return f"{config.optimizer} lr {config.lr:g}{momentum}"
+def optimizer_text(config: ClientConfig | ServerConfig) -> str:
+    """An optimizer with all its numbers, defaults included."""
+    spec = OPTIMIZERS[config.optimizer or "sgd"]
+    given = {key: getattr(config, key) for key in ("weight_decay", *spec.defaults)}
+    numbers = {key: spec.defaults.get(key) if v is None else v for key, v in given.items()}
+    if isinstance(config, ClientConfig):
+        numbers["clip"] = config.clip
+    parts = [f"{config.optimizer or 'sgd'} lr {config.lr:g}"]
+    parts += [f"{key.replace('_', ' ')} {v:g}" for key, v in numbers.items() if v is not None]
+    if config.schedule not in (None, "constant"):
+        decay = f" {config.lr_decay:g} per round" if config.lr_decay is not None else ""
+        parts.append(f"{config.schedule}{decay}")
+    if isinstance(config, ServerConfig) and config.warmup is not None:
+        parts.append(f"warm-up {config.warmup} rounds")
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager
@@ -78,7 +105,7 @@ def rounds_bar(
         def plain(done: int, row: dict[str, Any] | None) -> None:
             if row is None:
                 console.print("compiling ...", highlight=False)
-            elif row["test_accuracy"] is not None:
+            elif row["test_loss"] is not None:
                 console.print(f"{done}/{total}  {row_text(row)}", highlight=False)
 
         yield plain
@@ -95,7 +122,7 @@ def rounds_bar(
             shown = f"{rate:.2f} rounds/s" if rate else ""
             if row is None:
                 bar.update(job, row="compiling ...")
-            elif row["test_accuracy"] is not None:
+            elif row["test_loss"] is not None:
                 bar.update(job, row=row_text(row))
             bar.update(job, completed=done, rate=shown)
 
@@ -105,10 +132,12 @@ def rounds_bar(
 def row_text(row: dict[str, Any]) -> str:
     """One round in one line."""
     dropped = f"  dropped {row['dropped_clients']}" if row["dropped_clients"] else ""
-    return (
-        f"round {row['round']}  test accuracy {_figure(row['test_accuracy'])}  "
-        f"test loss {_figure(row['test_loss'])}  train loss {_figure(row['train_loss'])}{dropped}"
+    names = [key.removeprefix("test_") for key in row if key.startswith("test_")]
+    names = sorted(names, key=lambda name: (name == "loss", name))  # the loss is the last
+    tested = "  ".join(
+        f"test {name.replace('_', ' ')} {_figure(row[f'test_{name}'])}" for name in names
     )
+    return f"round {row['round']}  {tested}  train loss {_figure(row['train_loss'])}{dropped}"
 
 
 def _figure(value: float | None) -> str:

@@ -7,20 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 
 FOLDER = "tensorboard"
 TAGS = {
-    "test_accuracy": "test/accuracy",
-    "test_loss": "test/loss",
-    "train_accuracy": "train/accuracy",
-    "train_loss": "train/loss",
     "client_delta_norm": "drift/one_client",
     "delta_norm": "drift/averaged_update",
     "dropped_clients": "clients/dropped",
-    "seconds": "time/seconds_a_round",
+    "num_examples": "clients/examples",
+    "seconds": "time/seconds_per_round",
 }
-"""What a column of `metrics.jsonl` is called in TensorBoard."""
+"""The TensorBoard tags of columns of `metrics.jsonl`; metrics are `test/NAME` and `train/NAME`."""
+
+
+def tag_of(column: str) -> str | None:
+    """The tag of a column; None if it is not shown."""
+    for part in ("test", "train"):
+        if column.startswith(f"{part}_"):
+            return f"{part}/{column.removeprefix(f'{part}_')}"
+    if column in ("round", "diverged"):
+        return None
+    return TAGS.get(column, f"aggregator/{column}")
 
 
 def require() -> None:
@@ -46,9 +53,9 @@ def board(path: Path) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
 
         def add(rows: Sequence[dict[str, Any]]) -> None:
             for row in rows:
-                for key, tag in TAGS.items():
-                    if row[key] is not None:
-                        writer.add_scalar(tag, row[key], row["round"])
+                for key, value in row.items():
+                    if value is not None and (tag := tag_of(key)):
+                        writer.add_scalar(tag, value, row["round"])
             writer.flush()
 
         yield add

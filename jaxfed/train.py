@@ -15,17 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console
 
 from jaxfed import distributed, folder, machine, manual, report, saved, screen, tensorboard
+from jaxfed.config import ConfigError, Experiment, dotted_keys, expected, from_json
+from jaxfed.config.codec import ALIASES
+from jaxfed.config.sweep import Point, folder_name, points, programs
+from jaxfed.core.model import Variables
 from jaxfed.data import DataError, format_label_table, label_table
-from jaxfed.experiment import ConfigError, Experiment, dotted_keys, expected, from_json
 from jaxfed.final import Final, finish
 from jaxfed.prepare import Task, prepare
 from jaxfed.program import compile_tasks
 from jaxfed.resume import find_start, finished, run_program
-from jaxfed.sweep import Point, folder_name, points, programs
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       ConfigError: for a flag or a value that is not understood.
     """
+    arguments = [_renamed(argument) for argument in arguments]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="?")
     known, _ = early.parse_known_args(arguments)
@@ -79,6 +83,15 @@ def parse(arguments: Sequence[str]) -> Command:
         if not stop.code:
             raise
         raise _refusal(errors.getvalue(), list(arguments)) from None
+
+
+def _renamed(argument: str) -> str:
+    """A flag under its present name."""
+    flag, equals, value = argument.partition("=")
+    key = flag.removeprefix("--")
+    return (
+        f"--{ALIASES[key]}{equals}{value}" if flag.startswith("--") and key in ALIASES else argument
+    )
 
 
 def _refusal(text: str, arguments: list[str]) -> ConfigError:
@@ -100,18 +113,20 @@ def _refusal(text: str, arguments: list[str]) -> ConfigError:
 
 
 def write_results(
-    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final
-) -> None:
+    path: Path, task: Task, history: list[dict[str, Any]], summary: dict[str, Any], final: Final,
+    best: Variables,
+) -> None:  # fmt: skip
     """Writes what is made at the end: the weights, the clients, the pictures, `summary.json`."""
     saved.write_weights(path / saved.WEIGHTS, final.variables)
+    saved.write_weights(path / saved.BEST, best)
     table = label_table(task.partition, task.dataset.y_train, task.dataset.num_classes)
-    rows = saved.client_rows(
-        task.partition.sizes, table, final.clients.accuracy, final.clients.loss
-    )
+    rows = saved.client_rows(task.partition.sizes, table, final.clients)
     folder.write_csv(path / saved.CLIENTS, rows)
     # From the files, so that a page can be made again from a folder, and is the same.
     folder.write_atomically(path / "report.html", report.run_page(saved.read(path, summary)))
-    folder.write_atomically(path / "curves.png", report.curves_png({summary["name"]: history}))
+    folder.write_atomically(
+        path / "curves.png", report.curves_png({summary["name"]: history}, summary["score"])
+    )
     folder.write_json(path / folder.SUMMARY, summary)  # the last: it says that all is done
 
 
@@ -121,7 +136,9 @@ def write_sweep(home: Path, base: Experiment, runs: Sequence[report.SweepPoint])
     folder.write_csv(home / "sweep.csv", rows)
     folder.write_atomically(home / "report.html", report.sweep_page(base, runs))
     curves = {run.label: run.history for run in runs}
-    folder.write_atomically(home / "curves.png", report.curves_png(curves))
+    folder.write_atomically(
+        home / "curves.png", report.curves_png(curves, runs[0].summary["score"])
+    )
 
 
 def train(command: Command, console: Console) -> int:
@@ -186,9 +203,7 @@ def _run(
         for group in groups:
             members, homes = [tasks[i] for i in group], [folders[i] for i in group]
             rounds = members[0].experiment.rounds
-            old = [
-                finished(home, task.experiment) for home, task in zip(homes, members, strict=True)
-            ]
+            old = [finished(home, task) for home, task in zip(homes, members, strict=True)]
             if all(old):
                 outcomes |= {i: one for i, one in zip(group, old, strict=True) if one}
                 done += rounds
@@ -216,10 +231,13 @@ def _run(
             ):
                 outcomes[i] = (history, summary)
             if command.out:  # all processes compute, one writes
-                for i, final in zip(group, finish(program, outcome.state), strict=True):
+                bests = jax.device_get(outcome.best.variables)
+                for place, final in enumerate(finish(program, outcome.state)):
+                    i = group[place]
                     path, (history, summary) = folders[i], outcomes[i]
+                    best = jax.tree.map(lambda leaf, at=place: leaf[at], bests)
                     if leads and path:
-                        write_results(path, tasks[i], history, summary, final)
+                        write_results(path, tasks[i], history, summary, final, best)
             caught = outcome.signal
             if caught:
                 break
@@ -314,7 +332,8 @@ def _label(point: Point) -> str:
 
 
 def _short(summary: dict[str, Any]) -> dict[str, Any]:
-    keys = ("final_test_accuracy", "best_test_accuracy", "rounds", "seconds", "compile_seconds")
+    score = summary["score"]
+    keys = (f"final_test_{score}", f"best_test_{score}", "rounds", "seconds", "compile_seconds")
     return {key: summary[key] for key in keys}
 
 

@@ -15,15 +15,49 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxfed import Examples, Experiment, Plan, Variables, from_nnx, make_plan, prepare
-from jaxfed.experiment import override
-from jaxfed.model import Tree
+from jaxfed import (
+    Examples,
+    Experiment,
+    Model,
+    Plan,
+    Problem,
+    Variables,
+    classification,
+    from_nnx,
+    make_plan,
+    prepare,
+)
+from jaxfed.config import override, value_of
+from jaxfed.core.problem import PIXELS
+from jaxfed.core.tree import Tree
 from jaxfed.models import builder
 from jaxfed.plan import PADDING
-from jaxfed.prepare import Task, compute_dtype, precision
+from jaxfed.precision import compute_dtype, precision
+from jaxfed.prepare import Task
 
 WALK = 4
 """Steps that are taken one by one."""
+
+ALGORITHMS = ("fedavg", "fedprox", "fedsgd", "central")
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "yogi")
+"""What `tff_reference` has."""
+
+ABSENT: dict[str, tuple[Any, ...]] = {
+    "task": (None, "classification"),
+    "init": (None,),
+    "model.input_range": (None, "0..1"),
+    "model.frozen": (None,),
+    "client.clip": (None,),
+    "client.label_smoothing": (None,),
+    "server.aggregator": (None, "mean"),
+    "server.warmup": (None,),
+    **{
+        f"{group}.{key}": (None, "constant") if key == "schedule" else (None,)
+        for group in ("client", "server")
+        for key in ("b1", "b2", "epsilon", "weight_decay", "schedule", "lr_decay")
+    },
+}
+"""Keys that the reference is not given, with the values that say what it does."""
 
 
 class NotComparable(ValueError):  # noqa: N818 (an answer, not a bug)
@@ -44,6 +78,12 @@ class Case(NamedTuple):
     """Batches [steps, batch] that are also taken one by one, each from the reference's weights."""
     dropout: bool
     """Whether the experiment's own network has dropout, which is off on both sides."""
+
+    @property
+    def model(self) -> Model:
+        """The network of the task."""
+        assert self.task.model is not None
+        return self.task.model
 
 
 def make_case(
@@ -75,6 +115,11 @@ def make_case(
             task = prepare(override(experiment, {"model.batch_stats": "frozen"}))
     else:
         task = prepare(experiment)
+    if not task.dataset.has_images:
+        raise NotComparable(
+            f"--data.dataset: got {task.dataset.name}, whose inputs are not images, but the "
+            "reference's networks take nothing else"
+        )
     task, dropout = _without_dropout(task)
     count = rounds or experiment.rounds
     plans = [make_plan(task.schedule, number) for number in range(1, count + 1)]
@@ -87,9 +132,10 @@ def make_case(
         images[plans[0].rows[nan_seat, 0, 0]] = np.nan
     with precision(task.experiment):
         key = jax.random.key(task.experiment.seed)
-        shapes = jax.eval_shape(task.model.init, key)
+        init = task.problem.init
+        shapes = jax.eval_shape(init, key)
         # Drawn by NumPy, scrambled weights are the same whatever the version of JAX.
-        start = _scrambled(shapes, task.experiment.seed) if scramble else task.model.init(key)
+        start = _scrambled(shapes, task.experiment.seed) if scramble else init(key)
     return Case(
         task=task,
         start=jax.tree.map(np.asarray, start),
@@ -104,6 +150,27 @@ def make_case(
 def refuse(experiment: Experiment) -> None:
     """Raises NotComparable for what TFF 0.87, or Keras for central training, cannot express."""
     model, central = experiment.model, experiment.algorithm == "central"
+    if experiment.algorithm not in ALGORITHMS:
+        raise NotComparable(
+            f"--algorithm: got {experiment.algorithm}, but the reference has only "
+            f"{', '.join(ALGORITHMS)}; use one of them"
+        )
+    for key, allowed in ABSENT.items():
+        if (value := value_of(experiment, key)) not in allowed:
+            raise NotComparable(
+                f"--{key}: got {value}, which the reference does not have; leave it out"
+            )
+    for group, config in (("client", experiment.client), ("server", experiment.server)):
+        if config.optimizer not in (None, *OPTIMIZERS):
+            raise NotComparable(
+                f"--{group}.optimizer: got {config.optimizer}, but the reference has only "
+                f"{', '.join(OPTIMIZERS)}; use one of them"
+            )
+        if config.optimizer in (None, "sgd") and config.momentum is not None:
+            raise NotComparable(
+                f"--{group}.momentum: got {config.momentum} with optimizer sgd, which has none in "
+                f"the reference; use --{group}.optimizer momentum"
+            )
     allowed = (None, "mean") if central else (None, "frozen")
     if model.batch_stats not in allowed:
         raise NotComparable(
@@ -136,10 +203,10 @@ def refuse(experiment: Experiment) -> None:
 
 def remade(task: Task, change: Callable[[nnx.Module], None]) -> Task:
     """The task with a network of which `change` has seen every module once it was built."""
-    experiment = task.experiment
+    config, dtype = task.experiment.model, compute_dtype(task.experiment)
     build = builder(
-        experiment.model.name, task.dataset.x_train.shape[1:], task.dataset.num_classes,
-        width=experiment.model.width, norm=experiment.model.norm, dtype=compute_dtype(experiment),
+        config.name, task.dataset.x_train.shape[1:], task.dataset.num_classes,
+        width=config.width or 1.0, norm=config.norm, dtype=dtype,
     )  # fmt: skip
 
     def built(rngs: nnx.Rngs) -> nnx.Module:
@@ -148,8 +215,13 @@ def remade(task: Task, change: Callable[[nnx.Module], None]) -> Task:
             change(child)
         return module
 
-    with precision(experiment):
-        return task._replace(model=from_nnx(built))
+    with precision(task.experiment):
+        model = from_nnx(built)
+
+    def problem(experiment: Experiment) -> Problem:
+        return classification(model, pixels=PIXELS, dtype=compute_dtype(experiment))
+
+    return task._replace(model=model, make_problem=problem)
 
 
 def _without_dropout(task: Task) -> tuple[Task, bool]:
@@ -211,8 +283,13 @@ def described(case: Case) -> dict[str, Any]:
     """The contents of `case.json`."""
     experiment = case.task.experiment
 
-    def of(config: Any) -> dict[str, Any]:
-        return {"optimizer": config.optimizer, "lr": config.lr, "momentum": config.momentum or 0.0}
+    def of(config: Any, lr: float) -> dict[str, Any]:
+        # None where the algorithm has no such optimizer; the reference is always given one.
+        return {
+            "optimizer": config.optimizer or "sgd",
+            "lr": lr if config.lr is None else config.lr,
+            "momentum": config.momentum or 0.0,
+        }
 
     return {
         "dtype": experiment.dtype,
@@ -220,27 +297,27 @@ def described(case: Case) -> dict[str, Any]:
             "name": experiment.model.name,
             "width": experiment.model.width,
             "norm": experiment.model.norm,
-            "input_shape": list(case.train.images.shape[1:]),
+            "input_shape": list(case.train.inputs.shape[1:]),
             "num_classes": case.task.dataset.num_classes,
             "dropout": False,
         },
         "algorithm": experiment.algorithm,
-        "weighting": experiment.weighting,
-        "prox_mu": experiment.client.prox_mu or 0.0,
-        "client": of(experiment.client),
-        "server": of(experiment.server),
+        "weighting": experiment.weighting or "examples",
+        "prox_mu": experiment.client.mu or 0.0,
+        "client": of(experiment.client, 0.1),
+        "server": of(experiment.server, 1.0),
     }
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
     """The contents of `inputs.npz`."""
     return {
-        "images": np.asarray(case.train.images),
-        "labels": np.asarray(case.train.labels),
+        "images": np.asarray(case.train.inputs),
+        "labels": np.asarray(case.train.targets),
         "rows": np.stack([plan.rows for plan in case.plans]),
         "walk": case.walk,
-        "test_images": np.asarray(case.test.images),
-        "test_labels": np.asarray(case.test.labels),
+        "test_images": np.asarray(case.test.inputs),
+        "test_labels": np.asarray(case.test.targets),
         **{f"params/{name}": leaf for name, leaf in flat(case.start.params).items()},
         **{f"stats/{name}": leaf for name, leaf in flat(case.start.stats).items()},
     }

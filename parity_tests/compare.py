@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfed import ConfigError, DataError, Experiment, from_json
-from jaxfed.experiment import override
+from jaxfed.config import override
 from parity_tests.case import Case, NotComparable, make_case
 from parity_tests.ladder import climb
 from parity_tests.measure import Rung
@@ -103,7 +103,7 @@ def headline(case: Case, dtype: str) -> list[str]:
         f"{task.dataset.name}, {experiment.model.name}, {task.parameters:,} parameters, "
         f"{experiment.algorithm}, {experiment.dtype}",
         f"{len(case.plans)} rounds of {len(rows)} clients, up to {rows.shape[1]} steps of "
-        f"{rows.shape[2]} images; {len(case.test.labels)} test images",
+        f"{rows.shape[2]} images; {len(case.test.targets)} test images",
     ]
     if experiment.dtype != dtype:
         lines.append(
@@ -117,7 +117,7 @@ def headline(case: Case, dtype: str) -> list[str]:
     if experiment.algorithm == "fedprox":
         lines.append(
             "TFF 0.87 has the proximal term with the wrong sign; jaxfed runs with "
-            f"-{experiment.client.prox_mu:g} to be comparable"
+            f"-{experiment.client.mu:g} to be comparable"
         )
     return lines
 

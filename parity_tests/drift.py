@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jaxfed import Cohort, ConfigError, DataError, Examples, State, Variables, from_json
-from jaxfed.experiment import override, to_dict
+from jaxfed import Cohort, ConfigError, DataError, Examples, Variables, from_json
+from jaxfed.config import override, to_dict
 from jaxfed.folder import write_json
-from jaxfed.prepare import precision
-from jaxfed.program import knobs_of, make_algorithm
+from jaxfed.precision import precision
+from jaxfed.program import algorithm_of
 from parity_tests.case import Case, NotComparable, flat, make_case, unflat
 from parity_tests.reference import live
 from parity_tests.replay import compiled
@@ -104,9 +104,9 @@ def report(case: Case, rows: list[Apart]) -> dict[str, Any]:
 def drift(case: Case, trace: dict[str, np.ndarray]) -> list[Apart]:
     """Follows TFF's trace of a federated case in jaxfed, from its weights and on its own."""
     with precision(case.task.experiment):
-        algorithm = make_algorithm(case.task, knobs_of(case.task.experiment))
+        algorithm = algorithm_of(case.task, {})
         step = compiled(algorithm.round)
-        train = Examples(jnp.asarray(case.train.images), jnp.asarray(case.train.labels))
+        train = Examples(jnp.asarray(case.train.inputs), jnp.asarray(case.train.targets))
         start = jax.tree.map(jnp.asarray, case.start)
         nudged = start._replace(params=jax.tree.map(_next, start.params))
         forced = free = algorithm.init(start)
@@ -115,7 +115,7 @@ def drift(case: Case, trace: dict[str, np.ndarray]) -> list[Apart]:
         for number, plan in enumerate(case.plans, start=1):
             cohort = Cohort(train, plan)
             forced, _ = step(forced, cohort)
-            free, metrics = step(free, cohort)
+            free, report = step(free, cohort)
             other, _ = step(other, cohort)
             prefix = f"round/{number}/"
             theirs = _under(trace, f"{prefix}params/", case.start.params)
@@ -127,11 +127,11 @@ def drift(case: Case, trace: dict[str, np.ndarray]) -> list[Apart]:
                     _length(theirs, free.variables.params) / moved,
                     _length(other.variables.params, free.variables.params) / moved,
                     float(trace[f"{prefix}train/accuracy"]),
-                    float(metrics.train_accuracy),
+                    float(report.metrics["accuracy"].value()),
                 )
             )
             # The state of the server's optimizer goes on, as in TFF.
-            forced = State(Variables(theirs, start.stats), forced.opt_state, None)
+            forced = forced._replace(variables=Variables(theirs, start.stats))
         return rows
 
 

@@ -12,16 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxfed import Cohort, Examples, State, Variables, score
-from jaxfed.client import ClientUpdate, full_gradient, local_training, take_batch
-from jaxfed.evaluate import batches
-from jaxfed.experiment import Experiment
-from jaxfed.model import Tree
-from jaxfed.optimizers import optimizer
+from jaxfed import (
+    Broadcast,
+    Client,
+    Cohort,
+    Examples,
+    Experiment,
+    Variables,
+    Work,
+    local_training,
+    optimizer,
+    proximal,
+    score,
+)
+from jaxfed.algorithms.fedsgd import one_gradient
+from jaxfed.config import numbers
+from jaxfed.core.evaluate import batches
+from jaxfed.core.problem import PIXELS, Metrics, take_batch
+from jaxfed.core.tree import Tree
 from jaxfed.plan import PADDING
-from jaxfed.prepare import compute_dtype, precision
-from jaxfed.program import Knobs, knobs_of, make_algorithm
+from jaxfed.precision import compute_dtype, precision
+from jaxfed.program import algorithm_of
 from parity_tests.case import Case, flat, unflat
 from parity_tests.measure import Rung, judged
 from parity_tests.replay import compiled, mean_of, server_step, vector
@@ -66,13 +79,13 @@ def _names(case: Case, trace: Trace) -> Rung:
 
 def _batch(case: Case, trace: Trace) -> Iterator[Rung]:
     """Network, loss, gradient and statistics on the first batch."""
-    model, dtype = case.task.model, compute_dtype(case.task.experiment)
+    model, dtype = case.model, compute_dtype(case.task.experiment)
     rows = case.plans[0].rows[0, 0]
-    rows = rows[rows >= 0]
+    rows = jnp.asarray(rows[rows >= 0])
 
     def logits(train: bool) -> Callable:
         def of(variables: Variables) -> Tree:
-            images, _, mask = take_batch(_device(case.train), jnp.asarray(rows), dtype)
+            images, _, mask = take_batch(_device(case.train), rows, dtype, PIXELS)
             return model.apply(variables, images, mask, train, jax.random.key(0))[0]
 
         return compiled(of)
@@ -81,35 +94,38 @@ def _batch(case: Case, trace: Trace) -> Iterator[Rung]:
         name = f"logits, {mode}"
         yield judged(case, name, logits(mode == "training"), case.start, trace[f"logits/{mode}"])
 
-    update = compiled(full_gradient(model, dtype=dtype))
+    gradient = compiled(case.task.problem.gradient)
 
-    def of_batch(variables: Variables) -> ClientUpdate:
-        return update(variables, _device(case.train), rows[None], jax.random.key(0))
+    def of_batch(variables: Variables) -> tuple[Tree, Tree, Metrics]:
+        return gradient(variables, _device(case.train), rows, jax.random.key(0))
 
     def mean_loss(variables: Variables) -> Tree:
-        done = of_batch(variables)
-        return done.loss_sum / done.num_examples
+        return of_batch(variables)[2]["loss"].value()
 
     yield judged(case, "loss", mean_loss, case.start, trace["loss"])
     expected = _under(trace, "gradient/", case.start.params)
-    yield judged(case, "gradient", lambda w: of_batch(w).delta, case.start, expected)
+    yield judged(case, "gradient", lambda w: of_batch(w)[0], case.start, expected)
     if jax.tree.leaves(case.start.stats):
         expected = _under(trace, "moved/", case.start.stats)
-        yield judged(case, "moving statistics", lambda w: of_batch(w).stats, case.start, expected)
+        yield judged(case, "moving statistics", lambda w: of_batch(w)[1], case.start, expected)
 
 
 def _federated(case: Case, trace: Trace) -> Iterator[Rung]:
     """What clients send, what the server makes of it."""
     experiment, rows = case.task.experiment, np.asarray(case.plans[0].rows)
-    dtype, stats = compute_dtype(experiment), case.start.stats
-    update = compiled(_client(case.task.model, experiment, dtype))
+    stats, update = case.start.stats, compiled(_client(case).update)
 
     def sent(table: np.ndarray) -> Callable[[Variables], Tree]:
+        work = Work(
+            _device(case.train), jnp.asarray(table), jax.random.key(0), jnp.asarray(0),
+            jnp.asarray(1),
+        )  # fmt: skip
+
         def compute(variables: Variables) -> Tree:
-            done = update(variables, _device(case.train), table, jax.random.key(0))
-            finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(done.delta))
+            message = update(Broadcast(variables, None), None, work).message
+            finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(message))
             # Both sides take nothing from a client whose update is not finite.
-            return jax.tree.map(np.asarray if finite else np.zeros_like, done.delta)
+            return jax.tree.map(np.asarray if finite else np.zeros_like, message)
 
         return compute
 
@@ -149,34 +165,33 @@ def _walk(case: Case, trace: Trace) -> Iterator[tuple[Tree, np.ndarray, Tree]]:
         params = jax.tree.map(np.subtract, params, update)
 
 
-def _client(model: Any, experiment: Experiment, dtype: Any) -> Callable:
+def _client(case: Case) -> Client:
+    experiment, problem = case.task.experiment, case.task.problem
     if experiment.algorithm == "fedsgd":
-        return full_gradient(model, dtype=dtype)
+        return one_gradient(problem)
     config = experiment.client
-    return local_training(
-        model, optimizer(config.optimizer, *_rate(config)), dtype=dtype,
-        prox_mu=_knobs(experiment).prox_mu if experiment.algorithm == "fedprox" else None,
-    )  # fmt: skip
+    assert config.optimizer is not None
+    assert config.lr is not None
+    local = optimizer(config.optimizer, config.lr, config.momentum)
+    if experiment.algorithm == "fedprox":
+        local = optax.chain(proximal(_numbers(experiment)["client.mu"]), local)
+    return local_training(problem, local)
 
 
-def _knobs(experiment: Experiment) -> Knobs:
+def _numbers(experiment: Experiment) -> dict[str, float]:
     """The experiment's numbers as TFF understands them.
 
     TFF: 0.87 adds mu (w_start - w) to the gradient (`proximal_client_work.py`), where FedProx
     (Li et al. 2020, equation 2) has mu (w - w_start): it drives clients away from the server's
     weights. With mu reversed jaxfed does the same, and the two can be compared.
     """
-    knobs = knobs_of(experiment)
-    return knobs._replace(prox_mu=-knobs.prox_mu)
-
-
-def _rate(config: Any) -> tuple[float, float]:
-    return config.lr, config.momentum or 0.0
+    found = numbers(experiment)
+    return {key: -value if key == "client.mu" else value for key, value in found.items()}
 
 
 def _central(case: Case, trace: Trace) -> Iterator[Rung]:
     """Single steps of ordinary training."""
-    algorithm = make_algorithm(case.task, _knobs(case.task.experiment))
+    algorithm = algorithm_of(case.task, _numbers(case.task.experiment))
     step, plan, train = compiled(algorithm.round), case.plans[0], _device(case.train)
 
     def moved(rows: np.ndarray) -> Callable[[Variables], Tree]:
@@ -199,7 +214,7 @@ def _central(case: Case, trace: Trace) -> Iterator[Rung]:
 
 def _rounds(case: Case, trace: Trace) -> Iterator[Rung]:
     """Whole rounds, each from the reference's weights; then all of them without help."""
-    algorithm = make_algorithm(case.task, _knobs(case.task.experiment))
+    algorithm = algorithm_of(case.task, _numbers(case.task.experiment))
     step, train = compiled(algorithm.round), _device(case.train)
     # TFF's server keeps the statistics it began with; in central training they move.
     central = case.task.experiment.algorithm == "central"
@@ -210,19 +225,20 @@ def _rounds(case: Case, trace: Trace) -> Iterator[Rung]:
         return moved if central else moved.params
 
     rungs: dict[str, list[Rung]] = {"one round": [], "rounds, teacher-forced": []}
-    metrics, opt_state = [], algorithm.init(case.start).opt_state
+    metrics, initial = [], algorithm.init(case.start)
+    server = initial.server
     for plan, before, after in zip(case.plans, reference, reference[1:], strict=False):
         cohort = Cohort(train, plan)
 
-        def one(start: Variables, cohort: Cohort = cohort, opt_state: Any = opt_state) -> tuple:
-            return step(State(start, opt_state, None), cohort)
+        def one(start: Variables, cohort: Cohort = cohort, server: Any = server) -> tuple:
+            return step(initial._replace(variables=start, server=server), cohort)
 
         def moved(start: Variables, one: Callable = one) -> Tree:
             return change(start, one(start)[0].variables)
 
         def reported(start: Variables, one: Callable = one) -> Tree:
             report = one(start)[1]
-            return [report.train_loss, report.train_accuracy, report.num_examples]
+            return [*_means(report.metrics), report.num_examples]
 
         number = len(metrics) + 1
         name = "one round" if number == 1 else "rounds, teacher-forced"
@@ -230,7 +246,7 @@ def _rounds(case: Case, trace: Trace) -> Iterator[Rung]:
         expected = _scores(trace, number, "train")
         metrics.append(judged(case, "training metrics", reported, before, expected))
         # The state of the server's optimizer goes on: a plain function of the mean updates.
-        opt_state = one(before)[0].opt_state
+        server = one(before)[0].server
     yield from (_worst(found) for found in rungs.values() if found)
 
     def all_rounds(start: Variables) -> Tree:
@@ -252,10 +268,13 @@ def _rounds(case: Case, trace: Trace) -> Iterator[Rung]:
 
 
 def _scorer(case: Case) -> Callable[[Variables], Tree]:
-    index = jnp.asarray(batches(np.arange(len(case.test.labels)), 500))
-    dtype, test = compute_dtype(case.task.experiment), _device(case.test)
-    run = compiled(lambda network: score(case.task.model, network, test, index, dtype=dtype))
-    return lambda network: list(run(network))
+    index = jnp.asarray(batches(np.arange(len(case.test.targets)), 500))
+    problem, test = case.task.problem, _device(case.test)
+    return compiled(lambda network: _means(score(problem, network, test, index)))
+
+
+def _means(metrics: Metrics) -> list[jax.Array]:
+    return [metrics[name].value() for name in ("loss", "accuracy")]
 
 
 def _scores(trace: Trace, number: int, which: str) -> list[np.ndarray]:
@@ -273,4 +292,4 @@ def _worst(rungs: list[Rung]) -> Rung:
 
 
 def _device(examples: Examples) -> Examples:
-    return Examples(jnp.asarray(examples.images), jnp.asarray(examples.labels))
+    return Examples(jnp.asarray(examples.inputs), jnp.asarray(examples.targets))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxfed.model import Tree
+from jaxfed.core.tree import Tree
 from parity_tests.case import Case
 from parity_tests.tolerances import CHAOS, NOISE_FACTOR, tolerance
 

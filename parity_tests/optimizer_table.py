@@ -1,4 +1,4 @@
-"""Every optimizer four times: jaxfed's, TFF's, Keras' and optax's default of that name.
+"""Optimizers four times: jaxfed's, TFF's, Keras' and optax's default of that name.
 
 `python -m parity_tests.optimizer_table` prints the table, from a trace of TFF and Keras that is
 kept beside this file; with `--record` that trace is made anew, in TFF's environment.
@@ -115,7 +115,8 @@ def rows(trace: dict[str, np.ndarray]) -> list[Row]:
     """The table, given what `tff_reference.optimizer_table` wrote."""
 
     def row(name: str) -> Row:
-        ours, plain = path(optimizer(name, LR, MOMENTUM)), path(OPTAX[name]())
+        momentum = MOMENTUM if OPTIMIZERS[name].defaults.get("momentum") else None
+        ours, plain = path(optimizer(name, LR, momentum)), path(OPTAX[name]())
         tff, keras = (under(trace, f"{library}/{name}/") for library in ("tff", "keras"))
         return Row(
             name,
@@ -126,7 +127,7 @@ def rows(trace: dict[str, np.ndarray]) -> list[Row]:
             why=WHY.get(name, ""),
         )
 
-    return [row(name) for name in OPTIMIZERS]
+    return [row(name) for name in OPTAX]
 
 
 def under(trace: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

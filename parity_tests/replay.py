@@ -8,12 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxfed import Cohort, Examples, Plan, Variables
-from jaxfed import algorithm as algorithms
-from jaxfed.client import ClientUpdate
-from jaxfed.experiment import Experiment
-from jaxfed.model import Tree
-from jaxfed.optimizers import optimizer
+from jaxfed import (
+    Broadcast,
+    Cohort,
+    Examples,
+    Experiment,
+    Federation,
+    Mean,
+    Plan,
+    Sent,
+    Variables,
+    Work,
+    federated,
+    mean,
+    optimizer,
+    stateless,
+)
+from jaxfed.core.tree import Tree
 from jaxfed.plan import PADDING
 from parity_tests.case import Case
 
@@ -48,12 +59,10 @@ def mean_of(case: Case, bad: np.ndarray) -> Callable[[np.ndarray], Tree]:
 
 def server_step(experiment: Experiment) -> Callable[[tuple], Tree]:
     """The first step of the server's optimizer, from `(weights, mean update)`."""
-    step = _replay(
-        optimizer(
-            experiment.server.optimizer, experiment.server.lr, experiment.server.momentum or 0.0
-        ),
-        experiment,
-    )
+    config = experiment.server
+    assert config.optimizer is not None
+    assert config.lr is not None
+    step = _replay(optimizer(config.optimizer, config.lr, config.momentum), experiment)
 
     def compute(given: tuple) -> Tree:
         params, mean = given
@@ -64,9 +73,8 @@ def server_step(experiment: Experiment) -> Callable[[tuple], Tree]:
 
 def _replay(server: optax.GradientTransformation, experiment: Experiment) -> Callable:
     """A round in which clients send given updates: `(weights, updates, rows) -> weights`."""
-    algorithm = algorithms.averaging(
-        _replayed, server, weighting=experiment.weighting, batch_stats="frozen"
-    )
+    federation = Federation(mean(), weighting=experiment.weighting or "examples")
+    algorithm = federated(stateless(_replayed), server, federation)
 
     def step(params: Any, updates: Any, rows: Any) -> Any:
         zero = np.zeros((), np.int32)
@@ -78,9 +86,9 @@ def _replay(server: optax.GradientTransformation, experiment: Experiment) -> Cal
     return compiled(step)
 
 
-def _replayed(server: Variables, examples: Examples, rows: Any, key: Any) -> ClientUpdate:
+def _replayed(sent: Broadcast, memory: None, work: Work) -> Sent:
     """A client that sends the update in the row that its plan names."""
-    del server, key
-    zero, count = jnp.zeros(()), (rows >= 0).sum().astype(float)
-    delta = examples.images[jnp.maximum(rows.max(), 0)]
-    return ClientUpdate(delta, {}, count, zero, zero)
+    del sent, memory
+    update = work.examples.inputs[jnp.maximum(work.rows.max(), 0)]
+    count = (work.rows >= 0).sum().astype(float)
+    return Sent(update, {}, {"loss": Mean(jnp.zeros(()), count)})

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from jaxfed import Experiment
-from jaxfed.experiment import override
+from jaxfed.config import override
 from parity_tests.case import Case, make_case
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 from parity_tests.case import NotComparable, make_case
 from parity_tests.compare import main, prepared
 
@@ -82,6 +82,11 @@ def test_a_difference_is_exit_code_1(tff_python, tmp_path, capsys, monkeypatch):
         ({"algorithm": "central", "client": {"optimizer": "yogi"}}, "Keras"),
         ({"algorithm": "central",
           "model": {"name": "mlp", "norm": "batch", "batch_stats": "frozen"}}, "mean"),
+        ({"algorithm": "fedbn"}, "--algorithm: got fedbn"),
+        ({"client": {"clip": 1.0}}, "--client.clip: got 1.0"),
+        ({"client": {"momentum": 0.5}}, "use --client.optimizer momentum"),
+        ({"server": {"optimizer": "fedadam"}}, "--server.optimizer: got fedadam"),
+        ({"server": {"schedule": "cosine"}}, "--server.schedule: got cosine"),
         ({"nonsense": 1}, "unknown key"),
         ({"data": {"num_clients": 100000}}, "num_clients"),
     ],
@@ -95,7 +100,7 @@ def test_what_cannot_be_compared_is_exit_code_2(tree, said, tmp_path, capsys):
 
 def test_fedsgd_is_compared_in_float32():
     from jaxfed import Experiment
-    from jaxfed.experiment import override
+    from jaxfed.config import override
 
     experiment = override(Experiment(), {"algorithm": "fedsgd", "model.name": "logistic"})
     assert prepared(experiment, 1, None).task.experiment.dtype == "float32"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jaxfed import Experiment
-from jaxfed.experiment import override, to_json
+from jaxfed.config import override, to_json
 from jaxfed.folder import write_json
 from parity_tests import drift as command
 from parity_tests.drift import drift

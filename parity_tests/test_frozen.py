@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxfed import Cohort, Examples, Experiment, State, Variables
-from jaxfed.evaluate import batches, evaluator
-from jaxfed.experiment import override
-from jaxfed.prepare import precision
-from jaxfed.program import knobs_of, make_algorithm
+from jaxfed.config import override
+from jaxfed.core.evaluate import batches, evaluator
+from jaxfed.precision import precision
+from jaxfed.program import algorithm_of
 from parity_tests.case import flat, make_case, unflat
 from parity_tests.reference import live
 from parity_tests.replay import compiled
@@ -37,9 +37,9 @@ def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
         # Nested, as users have it who see no warning from TFF.
         trace = live(case, worker, "MobileNet on MNIST", deadline=500, nested=True)
     with precision(experiment):
-        algorithm = make_algorithm(case.task, knobs_of(experiment))
-        step, model = compiled(algorithm.round), case.task.model
-        score = compiled(evaluator(model, "frozen", dtype=jnp.float64))
+        algorithm = algorithm_of(case.task, {})
+        step = compiled(algorithm.round)
+        score = compiled(evaluator(case.task.problem, "frozen"))
         train, test = (Examples(jnp.asarray(x), jnp.asarray(y)) for x, y in (case.train, case.test))
         index = jnp.asarray(batches(np.arange(2000), 500))
         before = case.start
@@ -54,9 +54,9 @@ def test_frozen_is_what_tff_evaluates(tff_python, tmp_path):
             for name, ours in flat(state.variables.params).items():
                 gap = np.abs(np.asarray(ours) - theirs[name]).max()
                 assert gap <= 1e-10 * np.abs(theirs[name]).max(), (number, name)
-            scores, _ = score(State(state.variables, (), None), test, index, train, index)
+            scores, _ = score(State(state.variables, ()), test, index, train, index)
             tff = float(trace[f"round/{number}/test/accuracy"])
-            assert abs(float(scores.accuracy) - tff) <= 0.005, number
+            assert abs(float(scores["accuracy"].value()) - tff) <= 0.005, number
             before = Variables(unflat(theirs, before.params), before.stats)
     # Loss, not accuracy: which few images are right is decided by rounding, other on each machine.
     first, last = (

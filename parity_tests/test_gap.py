@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxfed
-from jaxfed.experiment import override
+from jaxfed.config import override
 from parity_tests.gap import pages, trials
 from parity_tests.gap.__main__ import AGAIN, PUBLISHED, main
 from parity_tests.gap.arms import FULL, QUICK, Arm, Setting, arms
@@ -178,15 +178,15 @@ def test_one_seed_has_the_same_images_and_weights_in_every_arm():
     base = case_of(Arm("", DIGITS), SMALL, 1)
     for changes in ({"data.partition": "iid"}, {"algorithm": "central"}):
         other = case_of(Arm("", override(DIGITS, changes)), SMALL, 1)
-        np.testing.assert_array_equal(base.train.images, other.train.images)
-        np.testing.assert_array_equal(base.test.images, other.test.images)
+        np.testing.assert_array_equal(base.train.inputs, other.train.inputs)
+        np.testing.assert_array_equal(base.test.inputs, other.test.inputs)
         jax.tree.map(np.testing.assert_array_equal, base.start, other.start)
-    assert not np.array_equal(base.train.images, case_of(Arm("", DIGITS), SMALL, 2).train.images)
+    assert not np.array_equal(base.train.inputs, case_of(Arm("", DIGITS), SMALL, 2).train.inputs)
 
 
 def test_a_repeat_is_off_by_rounding_alone():
     first, again = (case_of(Arm("", DIGITS), SMALL, 1, repeat) for repeat in (0, 2))
-    np.testing.assert_array_equal(first.train.images, again.train.images)
+    np.testing.assert_array_equal(first.train.inputs, again.train.inputs)
     ours, theirs = (jax.tree.leaves(case.start.params) for case in (first, again))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=3e-6)
@@ -196,7 +196,7 @@ def test_a_repeat_is_off_by_rounding_alone():
 @pytest.mark.parametrize("order", ["stored", "sorted"])
 def test_the_order_of_images_is_all_that_an_order_changes(order):
     usual, other = (case_of(Arm("", DIGITS, order=o), SMALL, 0) for o in ("shuffled", order))
-    labels = np.asarray(usual.train.labels)
+    labels = np.asarray(usual.train.targets)
     for plan, changed in zip(usual.plans, other.plans, strict=True):
         for epoch in (slice(0, 4), slice(4, 8)):
             before, after = (np.asarray(p.rows)[:, epoch].reshape(3, -1) for p in (plan, changed))
@@ -245,7 +245,7 @@ def test_a_trial_is_what_the_engine_runs(changes):
     (found,) = in_jaxfed(arm, SMALL._replace(seeds=(3,)), 0.03, {})
     case = case_of(arm, SMALL, 3)
     dataset = case.task.dataset._replace(
-        x_test=np.asarray(case.test.images), y_test=np.asarray(case.test.labels)
+        x_test=np.asarray(case.test.inputs), y_test=np.asarray(case.test.targets)
     )
     expected = {"seed": 3, "client.lr": 0.03, "model.batch_stats": policy, **changes}
     result = jaxfed.run(override(DIGITS, expected), dataset=dataset)
@@ -260,7 +260,7 @@ def test_rules_differ_in_statistics_alone():
     (found,) = in_jaxfed(arm, SMALL._replace(seeds=(0,)), 0.1, {})
     case = case_of(arm, SMALL, 0)
     dataset = case.task.dataset._replace(
-        x_test=np.asarray(case.test.images), y_test=np.asarray(case.test.labels)
+        x_test=np.asarray(case.test.inputs), y_test=np.asarray(case.test.targets)
     )
     for rule, policy in (("kept", "mean"), ("frozen", "frozen"), ("recalibrated", "recalibrate")):
         result = jaxfed.run(

@@ -1,16 +1,16 @@
 """The ladder without TFF, on recorded traces; and what a planted fault does to it."""
 
 import functools
+import importlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxfed.algorithm
-import jaxfed.client
+import jaxfed.core.federated
 import jaxfed.models.layers
 import jaxfed.optimizers
-from jaxfed.experiment import override
+from jaxfed.config import numbers, override
 from jaxfed.plan import PADDING
 from parity_tests import ladder
 from parity_tests.case import make_case
@@ -43,22 +43,21 @@ def test_a_stale_trace_is_refused():
 
 def wrong_weighting(patch):
     """Clients count equally where they should count by examples."""
-    right = jaxfed.algorithm.averaging
+    right = jaxfed.core.federated.collect
 
     @functools.wraps(right)
-    def wrong(client, server, **options):
-        return right(client, server, **{**options, "weighting": "uniform"})
+    def wrong(client, federation, *rest):
+        return right(client, federation._replace(weighting="uniform"), *rest)
 
-    patch.setattr(jaxfed.algorithm, "averaging", wrong)
+    patch.setattr(jaxfed.core.federated, "collect", wrong)
 
 
 def wrong_epsilon_of_adam(patch):
     """Optax' default instead of TFF's and Keras'."""
 
-    def direction():
-        return jaxfed.optimizers._scale_by_moments(1e-8, 0.0, lambda g, v: v + 0.001 * (g * g - v))
-
-    patch.setattr(jaxfed.optimizers, "_adam_direction", direction)
+    right = jaxfed.optimizers.OPTIMIZERS["adam"]
+    wrong = right._replace(defaults={**right.defaults, "epsilon": 1e-8})
+    patch.setitem(jaxfed.optimizers.OPTIMIZERS, "adam", wrong)
 
 
 def wrong_epsilon_of_batch_norm(patch):
@@ -90,19 +89,16 @@ def unbiased_variance(patch):
 
 def dropped_last_batch(patch):
     """A smaller last batch is left out where there are full ones, as `drop_remainder` does."""
-    right = jaxfed.client.make_trainer
+    # The package has a function of the module's name.
+    fedavg = importlib.import_module("jaxfed.algorithms.fedavg")
+    right = fedavg.local_steps
 
-    def wrong(*arguments, **options):
-        train = right(*arguments, **options)
+    def wrong(gradient, optimizer, start, work, state=None):
+        full = (work.rows >= 0).all(-1)
+        rows = jnp.where((full | ~full.any())[:, None], work.rows, PADDING)
+        return right(gradient, optimizer, start, work._replace(rows=rows), state)
 
-        def full_only(start, opt_state, examples, index, key):
-            full = (index >= 0).all(-1)
-            kept = jnp.where((full | ~full.any())[:, None], index, PADDING)
-            return train(start, opt_state, examples, kept, key)
-
-        return full_only
-
-    patch.setattr(jaxfed.client, "make_trainer", wrong)
+    patch.setattr(fedavg, "local_steps", wrong)
 
 
 def shifted_stride(patch):
@@ -119,7 +115,7 @@ def shifted_stride(patch):
 
 def fedprox_as_published(patch):
     """No fault of ours: TFF's proximal term has the other sign, and this is how it shows."""
-    patch.setattr(ladder, "_knobs", ladder.knobs_of)
+    patch.setattr(ladder, "_numbers", numbers)
 
 
 @pytest.mark.slow

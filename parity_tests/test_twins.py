@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxfed import Experiment, from_nnx
-from jaxfed.experiment import override
+from jaxfed.config import override
 from jaxfed.models import MODELS, builder
 from parity_tests.case import make_case, write
 from parity_tests.ladder import climb
@@ -61,10 +61,10 @@ def test_dropout_has_the_same_distribution(worker, tmp_path):
     count = 4000
     case = make_case(experiment(**{"model.name": "cnn-dropout", "model.width": 0.2}), scramble=True)
     assert case.dropout
-    image = np.repeat(np.asarray(case.train.images)[:1], count, axis=0)
+    image = np.repeat(np.asarray(case.train.inputs)[:1], count, axis=0)
     rows = np.arange(count, dtype=np.int32)[None, None]
     case = case._replace(
-        train=case.train._replace(images=image, labels=np.zeros(count, np.int32)),
+        train=case.train._replace(inputs=image, targets=np.zeros(count, np.int32)),
         plans=[case.plans[0]._replace(rows=rows)],
     )
     write(case, tmp_path, forward_only=True)

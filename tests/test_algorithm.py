@@ -7,10 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import assert_close, clients_of, examples, naive_round, net, plan_of
+from toys import (
+    assert_close,
+    averaged,
+    clients_of,
+    examples,
+    naive_round,
+    net,
+    plan_of,
+    problem,
+)
 
-from jaxfed import Cohort, Examples, Model, Variables, central, fedavg, fedsgd, optimizer
-from jaxfed.aggregate import all_finite
+from jaxfed import Cohort, Examples, Federation, Model, Variables, mean, optimizer
+from jaxfed import central as central_training
+from jaxfed import fedsgd as one_gradient
+from jaxfed.core.tree import all_finite
 from jaxfed.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -50,15 +61,15 @@ def naive_run(norm, client):
 )
 def test_engine_equals_the_naive_loop(chunk, norm, client):
     model, data = net(norm), examples(sum(RAGGED))
-    algorithm = fedavg(
+    algorithm = averaged(
         model, optimizer(client, 0.1), optimizer("momentum", 0.7), batch_stats="mean",
-        chunk=chunk, dtype=jnp.float64,
+        chunk=chunk,
     )  # fmt: skip
     state, step = algorithm.init(model.init(jax.random.key(0))), jax.jit(algorithm.round)
     for plan, variables, loss in naive_run(norm, client):
         state, metrics = step(state, Cohort(data, plan))
         assert_close(state.variables, variables, 1e-12)
-        assert_close(metrics.train_loss, loss, 1e-12)
+        assert_close(metrics.metrics["loss"].value(), loss, 1e-12)
         assert metrics.num_examples == 2 * sum(RAGGED)
 
 
@@ -66,9 +77,9 @@ def test_engine_equals_the_naive_loop(chunk, norm, client):
 def test_weights_and_proximal_term_equal_the_naive_loop(uniform):
     model, data, partition = net(), examples(sum(RAGGED)), clients_of(*RAGGED)
     server, plan = optax.sgd(1.0), plan_of(partition, epochs=3)
-    algorithm = fedavg(
+    algorithm = averaged(
         model, optax.sgd(0.2), server, weighting="uniform" if uniform else "examples",
-        prox_mu=0.5, dtype=jnp.float64,
+        mu=0.5,
     )  # fmt: skip
     start = model.init(jax.random.key(0))
     state, _ = settled(algorithm, model, data, plan)
@@ -77,7 +88,7 @@ def test_weights_and_proximal_term_equal_the_naive_loop(uniform):
         uniform=uniform, prox_mu=0.5,
     )  # fmt: skip
     assert_close(state.variables.params, expected.params, 1e-12)
-    no_prox = fedavg(model, optax.sgd(0.2), server, dtype=jnp.float64)
+    no_prox = averaged(model, optax.sgd(0.2), server)
     other, _ = settled(no_prox, model, data, plan)
     gap = jnp.abs(other.variables.params["last"]["kernel"] - expected.params["last"]["kernel"])
     assert gap.max() > 1e-4
@@ -86,8 +97,8 @@ def test_weights_and_proximal_term_equal_the_naive_loop(uniform):
 @pytest.mark.parametrize("norm", [False, True])
 def test_one_client_at_server_rate_one_is_plain_sgd(norm):
     model, data, partition = net(norm), examples(11), clients_of(11)
-    federated = fedavg(model, optax.sgd(0.3), batch_stats="mean", dtype=jnp.float64)
-    ordinary = central(model, optax.sgd(0.3), dtype=jnp.float64)
+    federated = averaged(model, optax.sgd(0.3), batch_stats="mean")
+    ordinary = central_training(problem(model), optax.sgd(0.3))
     plan = plan_of(partition, epochs=2)
     left, _ = settled(federated, model, data, plan, rounds=3)
     right, _ = settled(ordinary, model, data, plan, rounds=3)
@@ -99,7 +110,7 @@ def test_equal_clients_are_one_client():
     one = plan_of(clients_of(9), epochs=2)
     # The same rows for everybody.
     four = Plan(one.seed, one.round, np.arange(4, dtype=np.int32), np.repeat(one.rows, 4, axis=0))
-    algorithm = fedavg(model, optax.sgd(0.3), batch_stats="mean", dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.3), batch_stats="mean")
     left, _ = settled(algorithm, model, data, one)
     right, _ = settled(algorithm, model, data, four)
     assert_close(left.variables, right.variables, 1e-14)
@@ -109,7 +120,7 @@ def test_equal_clients_are_one_client():
 def test_order_of_clients_and_padding_do_not_matter(policy):
     model, data, partition = net(norm=True), examples(sum(RAGGED)), clients_of(*RAGGED)
     plan = plan_of(partition, epochs=2)
-    algorithm = fedavg(model, optimizer("momentum", 0.05), batch_stats=policy, dtype=jnp.float64)
+    algorithm = averaged(model, optimizer("momentum", 0.05), batch_stats=policy)
     reference, _ = settled(algorithm, model, data, plan)
     order = np.array([3, 0, 4, 2, 1])
     shuffled = plan._replace(clients=plan.clients[order], rows=plan.rows[order])
@@ -122,7 +133,7 @@ def test_order_of_clients_and_padding_do_not_matter(policy):
 
 def test_zero_rate_changes_nothing():
     model, data, partition = net(norm=True), examples(20), clients_of(12, 8)
-    algorithm = fedavg(model, optax.sgd(0.0), batch_stats="frozen", dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.0), batch_stats="frozen")
     state, metrics = settled(algorithm, model, data, plan_of(partition))
     start = model.init(jax.random.key(0))
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, state.variables, start)))
@@ -134,13 +145,11 @@ def test_one_full_batch_step_is_fedsgd(chunk):
     model, data, partition = net(), examples(sum(RAGGED)), clients_of(*RAGGED)
     full = plan_of(partition, batch_size=None)
     small = plan_of(partition, batch_size=5)
-    averaged, _ = settled(
-        fedavg(model, optax.sgd(0.3), chunk=chunk, dtype=jnp.float64), model, data, full
-    )
+    expected, _ = settled(averaged(model, optax.sgd(0.3), chunk=chunk), model, data, full)
     for plan in (full, small):  # batches only bound the memory of a gradient
-        algorithm = fedsgd(model, optax.sgd(0.3), chunk=chunk, dtype=jnp.float64)
+        algorithm = one_gradient(problem(model), optax.sgd(0.3), Federation(mean(), chunk=chunk))
         state, _ = settled(algorithm, model, data, plan)
-        assert_close(state.variables.params, averaged.variables.params, 1e-14)
+        assert_close(state.variables.params, expected.variables.params, 1e-14)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +159,9 @@ def test_chunks_equal_all_at_once(policy, chunk):
     model, data, partition = net(norm=True), examples(sum(RAGGED)), clients_of(*RAGGED)
 
     def algorithm(chunk):
-        return fedavg(
+        return averaged(
             model, optimizer("momentum", 0.1), optimizer("yogi", 0.01), batch_stats=policy,
-            num_clients=5, chunk=chunk, dtype=jnp.float64,
+            num_clients=5, chunk=chunk,
         )  # fmt: skip
 
     plan = plan_of(partition, clients_per_round=4)
@@ -164,7 +173,7 @@ def test_chunks_equal_all_at_once(policy, chunk):
 
 def test_pooled_statistics_follow_the_law_of_total_variance():
     """One pass at momentum 0 on two clients gives the moments of their union."""
-    from jaxfed.batch_stats import from_moments, to_moments
+    from jaxfed.core.batch_stats import from_moments, to_moments
 
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(n, 5)) for n in (8, 24)]
@@ -180,7 +189,7 @@ def test_pooled_statistics_follow_the_law_of_total_variance():
 
 def test_frozen_statistics_stay_as_they_were():
     model, data, partition = net(norm=True), examples(30), clients_of(20, 10)
-    algorithm = fedavg(model, optax.sgd(0.1), batch_stats="frozen", dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.1), batch_stats="frozen")
     state, _ = settled(algorithm, model, data, plan_of(partition), rounds=3)
     stats = state.variables.stats["norm"]
     assert (stats["mean"] == 0).all()
@@ -190,26 +199,26 @@ def test_frozen_statistics_stay_as_they_were():
 def test_local_statistics_belong_to_their_client():
     """FedBN: a client's BatchNorm layer goes on from its own, and never reaches the server."""
     model, data, partition = net(norm=True), examples(36), clients_of(12, 12, 12)
-    algorithm = fedavg(model, optax.sgd(0.3), batch_stats="local", num_clients=3, dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.3), batch_stats="local", num_clients=3)
     start = model.init(jax.random.key(0))
     plan = plan_of(partition, clients_per_round=2)
     state, _ = settled(algorithm, model, data, plan)
     took_part = set(plan.clients.tolist())
     for client in range(3):
-        scale = state.own.params["['norm']['scale']"][client]
-        assert bool(state.own.seen[client]) == (client in took_part)
+        scale = state.memory[0]["params/norm/scale"][client]
+        assert bool(state.seen[client]) == (client in took_part)
         assert (scale == 1).all() != (client in took_part)
     assert (state.variables.params["norm"]["scale"] == 1).all()
     changed = state.variables.params["first"]["kernel"] != start.params["first"]["kernel"]
     assert changed.any()
     # With one client, FedBN is ordinary training: the client's own layer goes on every round.
-    alone = fedavg(model, optax.sgd(0.3), batch_stats="local", num_clients=1, dtype=jnp.float64)
-    plain = fedavg(model, optax.sgd(0.3), batch_stats="mean", dtype=jnp.float64)
+    alone = averaged(model, optax.sgd(0.3), batch_stats="local", num_clients=1)
+    plain = averaged(model, optax.sgd(0.3), batch_stats="mean")
     one = plan_of(clients_of(36), epochs=2)
     left, _ = settled(alone, model, data, one, rounds=3)
     right, _ = settled(plain, model, data, one, rounds=3)
     assert_close(left.variables.params["last"], right.variables.params["last"], 1e-13)
-    mine = left.own.params["['norm']['scale']"][0]
+    mine = left.memory[0]["params/norm/scale"][0]
     assert_close(mine, right.variables.params["norm"]["scale"], 1e-13)
 
 
@@ -218,21 +227,19 @@ def test_local_statistics_belong_to_their_client():
 )
 def test_a_client_that_is_not_finite_is_dropped_and_counted(chunk, policy):
     model, data, partition = net(norm=True), examples(24), clients_of(8, 8, 8)
-    images = np.array(data.images)
+    images = np.array(data.inputs)
     images[3] = np.nan
-    broken = Examples(jnp.asarray(images), data.labels)
-    algorithm = fedavg(
-        model, optax.sgd(0.1), batch_stats=policy, num_clients=3, chunk=chunk, dtype=jnp.float64
-    )
+    broken = Examples(jnp.asarray(images), data.targets)
+    algorithm = averaged(model, optax.sgd(0.1), batch_stats=policy, num_clients=3, chunk=chunk)
     plan = plan_of(partition)
     state, metrics = settled(algorithm, model, broken, plan)
     assert metrics.dropped == 1
     assert metrics.clients.dropped.tolist() == [True, False, False]
-    assert np.isfinite(metrics.train_loss)
+    assert np.isfinite(metrics.metrics["loss"].value())
     others = plan._replace(clients=plan.clients[1:], rows=plan.rows[1:])
     expected, expected_metrics = settled(algorithm, model, data, others)
     assert_close(state, expected, 1e-14)
-    assert_close(metrics.train_loss, expected_metrics.train_loss, 1e-14)
+    assert_close(metrics.metrics["loss"].value(), expected_metrics.metrics["loss"].value(), 1e-14)
 
 
 @pytest.mark.parametrize(
@@ -247,10 +254,8 @@ def test_numbers_whose_squares_overflow_are_finite(values, expected):
 
 def test_a_round_without_any_finite_client_changes_nothing():
     model, data, partition = net(norm=True), examples(8), clients_of(4, 4)
-    broken = Examples(jnp.full_like(data.images, jnp.inf), data.labels)
-    algorithm = fedavg(
-        model, optax.sgd(0.1), optimizer("adam", 0.1), batch_stats="pooled", dtype=jnp.float64
-    )
+    broken = Examples(jnp.full_like(data.inputs, jnp.inf), data.targets)
+    algorithm = averaged(model, optax.sgd(0.1), optimizer("adam", 0.1), batch_stats="pooled")
     warm, _ = settled(algorithm, model, data, plan_of(partition))
     state, metrics = settled(algorithm, model, broken, plan_of(partition), state=warm)
     assert metrics.dropped == 2
@@ -259,9 +264,7 @@ def test_a_round_without_any_finite_client_changes_nothing():
 
 def test_an_empty_client_has_no_weight():
     model, data = net(norm=True), examples(8)
-    algorithm = fedavg(
-        model, optax.sgd(0.1), weighting="uniform", batch_stats="mean", dtype=jnp.float64
-    )
+    algorithm = averaged(model, optax.sgd(0.1), weighting="uniform", batch_stats="mean")
     left, _ = settled(algorithm, model, data, plan_of(clients_of(5, 0, 3)))
     right, _ = settled(algorithm, model, data, plan_of(clients_of(5, 3)))
     assert_close(left.variables, right.variables, 1e-14)
@@ -277,9 +280,7 @@ def test_padding_at_the_end_is_not_computed(chunk, computed):
         return model.apply(variables, images, mask, train, key)
 
     plan = plan_of(clients_of(4, 16, 8), 1, epochs=1)
-    algorithm = fedavg(
-        Model(model.init, apply), optimizer("sgd", 0.1), chunk=chunk, dtype=jnp.float64
-    )
+    algorithm = averaged(Model(model.init, apply), optimizer("sgd", 0.1), chunk=chunk)
     state = algorithm.init(model.init(jax.random.key(0)))
     jax.block_until_ready(jax.jit(algorithm.round)(state, Cohort(data, plan)))
     jax.effects_barrier()
@@ -289,7 +290,7 @@ def test_padding_at_the_end_is_not_computed(chunk, computed):
 
 def test_a_second_round_does_not_trace_again():
     model, data, partition = net(norm=True), examples(sum(RAGGED)), clients_of(*RAGGED)
-    algorithm = fedavg(model, optax.sgd(0.1), batch_stats="pooled", chunk=2, dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.1), batch_stats="pooled", chunk=2)
     traces = []
 
     def counted(state, cohort):
@@ -309,7 +310,7 @@ def test_training_learns(chunk):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 6))
     data = Examples(jnp.asarray(x), jnp.asarray(x[:, :3].argmax(1), jnp.int32))
-    algorithm = fedavg(net(), optax.sgd(0.3), chunk=chunk, dtype=jnp.float64)
+    algorithm = averaged(net(), optax.sgd(0.3), chunk=chunk)
     state, metrics = settled(algorithm, net(), data, plan_of(clients_of(100, 150, 50)), rounds=40)
-    assert metrics.train_accuracy > 0.95
+    assert metrics.metrics["accuracy"].value() > 0.95
     assert isinstance(state.variables, Variables)

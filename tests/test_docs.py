@@ -14,6 +14,7 @@ import pytest
 
 import jaxfed
 import jaxfed.train
+from benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,16 +40,51 @@ def test_library_examples(capsys):
     assert train > 0.7
 
 
-@pytest.mark.parametrize("page", ["batchnorm", "extending", "scaling"])
-def test_pages_print_what_they_show(page, tmp_path, monkeypatch, capsys):
-    """A block of Python, and what it prints in the block of text after it."""
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A working directory whose modules can be imported, and are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("my_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "page", ["batchnorm", pytest.param("extending", marks=pytest.mark.slow), "scaling"]
+)
+@pytest.mark.usefixtures("own_modules")
+def test_pages_print_what_they_show(page, capsys):
+    """A block of Python, and what it prints in the block of text after it."""
     text, scope = (ROOT / "docs" / f"{page}.md").read_text(), {"__name__": page}
-    blocks = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", text, re.DOTALL)
-    assert blocks
-    for source, shown in blocks:
-        exec(source, scope)  # the pages are ours
-        assert capsys.readouterr().out == shown
+    found = re.findall(r"```(python|bash)\n(.*?)```(?:\n+```text\n(.*?)```)?", text, re.DOTALL)
+    assert found
+    for language, source, shown in found:
+        if language == "python":
+            run_block(source, scope)
+            assert capsys.readouterr().out == shown
+        elif page == "extending":  # the commands of the others need several machines
+            for line in source.replace("\\\n", " ").splitlines():
+                carry_out(line)
+            assert capsys.readouterr().err == ""
+
+
+def run_block(source, scope):
+    """Runs a block; one that begins with `# NAME.py` is also added to that file."""
+    file = re.match(r"# (\w+\.py)\n", source)
+    if file:
+        with Path(file[1]).open("a") as module:
+            module.write(source.removeprefix(file[0]))
+    exec(source, scope)  # the pages are ours
+
+
+def carry_out(line):
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "jaxfed.train"]
+    importlib.invalidate_caches()  # for a module that was written a moment ago
+    assert jaxfed.train.main(words[3:]) == 0, line
 
 
 def commands():
@@ -81,6 +117,22 @@ def test_every_linked_file_exists():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_tables_of_algorithms_are_those_of_the_code():
+    text = tables.PAGE.read_text()
+    assert tables.filled(text) == text, "run python -m benchmarks.tables"
+    for name in (*jaxfed.ALGORITHMS, *jaxfed.AGGREGATORS, *jaxfed.OPTIMIZERS, *jaxfed.POLICIES):
+        assert f"| `{name}` | " in text
+
+
+def test_a_refusal_is_the_one_that_is_shown(capsys):
+    text = tables.PAGE.read_text()
+    shown = re.findall(r"\$ python -m jaxfed.train (.*)\n(jaxfed: .*)\n", text)
+    assert shown
+    for flags, line in shown:
+        assert jaxfed.train.main(shlex.split(flags)) == 2
+        assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_figures_of_the_collapse_are_those_of_the_results_file():
@@ -143,9 +195,7 @@ def test_the_tour_and_what_it_prints(tmp_path, monkeypatch, capsys):
                 exec(text, scope)  # the pages are ours
             else:
                 for line in text.replace("\\\n", " ").splitlines():
-                    words = shlex.split(line)
-                    assert words[:3] == ["python", "-m", "jaxfed.train"]
-                    assert jaxfed.train.main(words[3:]) == 0, line
+                    carry_out(line)
             output = capsys.readouterr()
             assert output.err == ""
             printed = output.out.splitlines()

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxfed.data import DataError
-from jaxfed.experiment import (
+from jaxfed.config import (
     ClientConfig,
     ConfigError,
     DataConfig,
@@ -23,6 +22,7 @@ from jaxfed.experiment import (
     to_json,
     validate,
 )
+from jaxfed.data import DataError
 from jaxfed.prepare import prepare
 from jaxfed.train import main, parse
 
@@ -132,12 +132,14 @@ REFUSED = {
     "more clients than images": (["--data.num_clients", "5000"], ["5000"]),
     "more images than there are": (["--data.examples_per_client", "5000"], ["examples_per_client"]),
     "zero width": (["--model.width", "0"], ["model.width", "above 0"]),
-    "momentum with plain sgd": (["--client.momentum", "0.9"], ["client.momentum", "nesterov"]),
+    "momentum with adam": (
+        ["--client.optimizer", "adam", "--client.momentum", "0.9"], ["client.momentum", "adam"],
+    ),
     "momentum of one": (
         ["--server.optimizer", "momentum", "--server.momentum", "1"],
         ["server.momentum", "below 1"],
     ),
-    "mu without fedprox": (["--client.prox_mu", "0.1"], ["prox_mu", "fedprox"]),
+    "mu without fedprox": (["--client.prox_mu", "0.1"], ["client.mu", "fedprox"]),
     "local statistics, pooled training": (
         ["--algorithm", "central", "--model.norm", "batch", "--model.batch_stats", "local"],
         ["batch_stats", "central"],
@@ -209,6 +211,6 @@ def test_defaults_are_filled_in_and_stand():
     )
     done = task.experiment
     assert done.clients_per_round == done.data.num_clients == 10
-    assert (done.model.batch_stats, done.client.prox_mu) == ("recalibrate", 0.01)
+    assert (done.model.batch_stats, done.client.mu) == ("recalibrate", 0.01)
     assert (done.server.momentum, done.client.momentum, done.client.epochs) == (0.9, None, 3)
     assert prepare(done).experiment == done

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from jaxfed import from_nnx
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 from jaxfed.models import MODELS, build, builder
 from jaxfed.models.conv import patches_conv
 from jaxfed.models.layers import BatchNorm, GroupNorm, LayerNorm, conv, max_pool, norm, relu6

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toys import assert_close, clients_of, naive_round, plan_of
+from toys import assert_close, averaged, clients_of, naive_round, plan_of
 
 from jaxfed import (
     ClientConfig,
@@ -15,11 +15,11 @@ from jaxfed import (
     Experiment,
     ModelConfig,
     ServerConfig,
-    fedavg,
     from_linen,
     from_nnx,
     run,
 )
+from jaxfed.core.problem import PIXELS
 from jaxfed.models import MODELS, builder
 
 SMALL = [name for name in MODELS if not name.startswith("mobilenet")]
@@ -55,8 +55,8 @@ def test_engine_equals_the_naive_loop_on_every_network(name, chunk, x64):
     model, data = from_nnx(without_dropout(build)), images(side, 9)
     server, plan = optax.sgd(1.0), plan_of(clients_of(6, 3), batch_size=3)
     padded = plan._replace(rows=np.pad(plan.rows, ((0, 0), (0, 0), (0, 1)), constant_values=-1))
-    algorithm = fedavg(
-        model, optax.sgd(rate), server, batch_stats="mean", chunk=chunk, dtype=jnp.float64
+    algorithm = averaged(
+        model, optax.sgd(rate), server, batch_stats="mean", chunk=chunk, pixels=PIXELS
     )
     start = jax.jit(model.init)(jax.random.key(0))
     state, _ = jax.jit(algorithm.round)(algorithm.init(start), Cohort(data, padded))
@@ -98,7 +98,7 @@ def test_dropout_differs_between_steps_clients_rounds_and_seeds_only():
     """One key a (seed, round, client, step): equal ones give equal masks, all others do not."""
     build = builder("cnn-dropout", (6, 6, 1), 10, width=0.25)
     model, data = from_nnx(build), images(6)
-    algorithm = fedavg(model, optax.sgd(0.1))
+    algorithm = averaged(model, pixels=PIXELS, dtype=jnp.float32)
     start = model.init(jax.random.key(0))
     step = jax.jit(algorithm.round)
     one = plan_of(clients_of(4, 4), 1)
@@ -130,7 +130,7 @@ def test_every_precision_learns(dtype):
 @pytest.mark.parametrize(
     "experiment",
     [
-        Experiment(algorithm="fedprox", client=ClientConfig(prox_mu=0.1)),
+        Experiment(algorithm="fedprox", client=ClientConfig(mu=0.1)),
         Experiment(algorithm="fedsgd", server=ServerConfig(lr=0.5)),
         Experiment(algorithm="central", client=ClientConfig(optimizer="adam", lr=1e-3)),
         Experiment(server=ServerConfig(optimizer="yogi", lr=0.03), weighting="uniform"),
@@ -140,7 +140,7 @@ def test_every_precision_learns(dtype):
     ids=["fedprox", "fedsgd", "central", "fedyogi", "quantity", "dirichlet"],
 )
 def test_every_algorithm_learns(experiment):
-    from jaxfed.experiment import override
+    from jaxfed.config import override
 
     changes = {"model.name": "logistic", "rounds": 20, "eval_every": 20}
     result = run(override(experiment, changes))
@@ -187,7 +187,7 @@ def test_a_linen_module_works_the_same(x64):
     from toys import examples
 
     model, data, plan = from_linen(Net(), (6,)), examples(20), plan_of(clients_of(9, 11))
-    algorithm = fedavg(model, optax.sgd(0.1), batch_stats="mean", dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.1), batch_stats="mean")
     start = model.init(jax.random.key(0))
     state, _ = jax.jit(algorithm.round)(algorithm.init(start), Cohort(data, plan))
     server = optax.sgd(1.0)
@@ -212,7 +212,7 @@ def test_a_bare_pair_of_functions_works_the_same(x64):
         return x @ variables.params, variables.stats
 
     model, data, plan = Model(init, apply), examples(20), plan_of(clients_of(9, 11))
-    algorithm = fedavg(model, optax.sgd(0.1), dtype=jnp.float64)
+    algorithm = averaged(model, optax.sgd(0.1))
     start = model.init(jax.random.key(0))
     state, _ = jax.jit(algorithm.round)(algorithm.init(start), Cohort(data, plan))
     server = optax.sgd(1.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxfed import load_run, report
-from jaxfed.experiment import override
+from jaxfed.config import override
 from jaxfed.report.charts import MOST_POINTS, Series, line_chart, ticks
 from jaxfed.report.of_run import worst
 from jaxfed.train import main, parse
@@ -135,7 +135,7 @@ def test_what_cannot_be_shown_is_said(run_folder):
     many[0]["accuracy"] = None
     page = report.run_page(run._replace(clients=many))
     assert "the first 50 of 200 clients" in page
-    assert "1 client(s) without images or training left out" in page
+    assert "1 client(s) without examples or training left out" in page
     central = override(run.experiment, {"algorithm": "central", "model.batch_stats": "mean"})
     page = report.run_page(run._replace(experiment=central))
     assert "Agreement" not in page

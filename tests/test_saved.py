@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from jaxfed import ConfigError, Examples, Variables, load_run, prepare, score
-from jaxfed import batch_stats as bn
-from jaxfed.evaluate import batches
-from jaxfed.experiment import override
+from jaxfed.config import override
+from jaxfed.core.evaluate import batches
 from jaxfed.final import finish
-from jaxfed.program import EVAL_BATCH, compile_tasks
+from jaxfed.program import EVAL_BATCH, algorithm_of, compile_tasks
 from jaxfed.saved import by_name, read_weights, write_weights
 from jaxfed.segments import segments
-from jaxfed.tensorboard import TAGS
+from jaxfed.tensorboard import tag_of
 from jaxfed.train import main
 
 FLAGS = [
@@ -42,17 +41,19 @@ def test_the_saved_weights_give_the_final_accuracy(folder):
     variables = jax.tree.map(jnp.asarray, run.variables)
     assert jax.tree.leaves(variables.stats)
     index = jnp.asarray(batches(np.arange(len(data.y_test)), EVAL_BATCH))
-    found = score(task.model, variables, test, index)
-    assert float(found.accuracy) == run.summary["final_test_accuracy"]
+    found = score(task.problem, variables, test, index)
+    assert float(found["accuracy"].value()) == run.summary["final_test_accuracy"]
     # Each client's score is that of the same weights on its own images.
     train = Examples(jnp.asarray(data.x_train), jnp.asarray(data.y_train))
     assert len(run.clients) == task.partition.num_clients
     for row in run.clients:
         rows = task.partition.client(row["client"])
-        own = score(task.model, variables, train, jnp.asarray(batches(rows, EVAL_BATCH)))
+        own = score(task.problem, variables, train, jnp.asarray(batches(rows, EVAL_BATCH)))
         assert row["images"] == len(rows)
-        assert row["accuracy"] == pytest.approx(float(own.accuracy), abs=1e-6)  # six digits
-        assert row["loss"] == pytest.approx(float(own.loss), rel=1e-5)
+        assert row["accuracy"] == pytest.approx(
+            float(own["accuracy"].value()), abs=1e-6
+        )  # six digits
+        assert row["loss"] == pytest.approx(float(own["loss"].value()), rel=1e-5)
         labels = np.bincount(data.y_train[rows], minlength=10)
         assert [row[f"class_{label}"] for label in range(10)] == labels.tolist()
 
@@ -94,15 +95,16 @@ def test_with_own_layers_every_client_is_scored_by_its_own_network():
     (final,) = finish(program, segment.state)
     state = jax.tree.map(lambda leaf: leaf[0], segment.state)
     train = Examples(jnp.asarray(task.dataset.x_train), jnp.asarray(task.dataset.y_train))
-    seen = np.asarray(state.own.seen)
+    seen = np.asarray(state.seen)
+    personal = algorithm_of(task, {}).personal
+    assert personal is not None
     assert seen.sum() == 2
-    np.testing.assert_array_equal(np.isnan(final.clients.accuracy), ~seen)
+    np.testing.assert_array_equal(np.isnan(final.clients["accuracy"]), ~seen)
     for client in np.flatnonzero(seen).tolist():
-        own = jax.tree.map(lambda leaf, k=client: leaf[k], state.own)
-        variables = Variables(bn.replace(state.variables.params, own.params), own.stats)
+        variables = personal(state, jnp.asarray(client))
         index = jnp.asarray(batches(task.partition.client(client), EVAL_BATCH))
-        expected = score(task.model, variables, train, index)
-        assert final.clients.accuracy[client] == pytest.approx(float(expected.accuracy), abs=1e-6)
+        expected = score(task.problem, variables, train, index)["accuracy"].value()
+        assert final.clients["accuracy"][client] == pytest.approx(float(expected), abs=1e-6)
 
 
 def events_of(folder):
@@ -123,9 +125,11 @@ def events_of(folder):
 def test_tensorboard_has_the_rounds(folder):
     run, found = load_run(folder), events_of(folder)
     expected = {
-        (tag, row["round"]): row[key]
-        for row in run.history for key, tag in TAGS.items() if row[key] is not None
+        (tag, row["round"]): value
+        for row in run.history for key, value in row.items()
+        if value is not None and (tag := tag_of(key))
     }  # fmt: skip
+    assert {"test/accuracy", "train/loss", "drift/one_client"} <= {tag for tag, _ in found}
     assert found == pytest.approx(expected, rel=1e-6)  # event files hold float32
 
 

@@ -12,20 +12,15 @@ import pytest
 from rich.console import Console
 
 from jaxfed import manual, screen
-from jaxfed.batch_stats import POLICIES
+from jaxfed.aggregators import AGGREGATORS
+from jaxfed.algorithms import ALGORITHMS
+from jaxfed.config import BatchStats, Experiment, dotted_keys, value_of
+from jaxfed.core.batch_stats import POLICIES
 from jaxfed.data import PARTITIONS
 from jaxfed.data.tfds import COMMON
-from jaxfed.experiment import (
-    ALGORITHMS,
-    Algorithm,
-    BatchStats,
-    Experiment,
-    OptimizerName,
-    dotted_keys,
-    value_of,
-)
 from jaxfed.models import MODELS
 from jaxfed.optimizers import OPTIMIZERS
+from jaxfed.tasks import TASKS
 from jaxfed.train import Command, main
 
 QUICK = ["--model.name", "logistic", "--rounds", "3", "--client.epochs", "1"]
@@ -63,8 +58,10 @@ def test_help_names_what_a_flag_takes():
     text = " ".join(manual.help_text(Command(), 10_000).split())
     for name in (
         *PARTITIONS,
-        *get_args(OptimizerName),
-        *get_args(Algorithm),
+        *OPTIMIZERS,
+        *ALGORITHMS,
+        *AGGREGATORS,
+        *TASKS,
         *get_args(BatchStats),
     ):
         assert re.search(rf"[ \[]{name}[,.\] ]", text), name
@@ -83,17 +80,17 @@ def test_list_names_everything_there_is(capsys):
         "partitions": PARTITIONS,
         "models": MODELS,
         "BatchNorm's statistics": get_args(BatchStats),
-        "optimizers": get_args(OptimizerName),
-        "algorithms": get_args(Algorithm),
+        "optimizers": OPTIMIZERS,
+        "tasks": TASKS,
+        "algorithms": ALGORITHMS,
+        "aggregators": AGGREGATORS,
     }
     assert list(groups) == list(expected)
     for title, names in expected.items():
         told = {line.split()[0]: line.split()[1:] for line in groups[title]}
         assert set(names) <= set(told)
         assert all(told.values())  # each with a few words
-    assert set(ALGORITHMS) == set(get_args(Algorithm))
     assert set(POLICIES) == set(get_args(BatchStats))
-    assert set(OPTIMIZERS) == set(get_args(OptimizerName))
 
 
 def test_help_loads_nothing_that_it_does_not_need():

@@ -94,7 +94,7 @@ def test_the_doc_shows_the_committed_table():
 
 INTEGERS = """
 import jax, jax.numpy as jnp, numpy as np
-from jaxfed.aggregate import map_sum
+from jaxfed.core.clients import map_sum
 from jaxfed.program import all_devices
 
 def contribute(shared, seat):  # 2**24 + 1 is no float32

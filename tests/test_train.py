@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxfed import ClientConfig, Experiment, ModelConfig, run
-from jaxfed.experiment import from_json, override
+from jaxfed.config import from_json, override
+from jaxfed.config.sweep import points, programs
 from jaxfed.prepare import prepare
 from jaxfed.program import compile_tasks
-from jaxfed.sweep import points, programs
 from jaxfed.train import main
 
 QUICK = ["--model.name", "logistic", "--rounds", "4", "--client.epochs", "1", "--quiet"]
@@ -28,7 +28,7 @@ def test_a_run_writes_its_folder(tmp_path):
     out = tmp_path / "run"
     assert main([*QUICK, "--eval_every", "2", "--out", str(out)]) == 0
     names = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "report.html"}
-    names |= {"weights.npz", "clients.csv", "checkpoints"}
+    names |= {"weights.npz", "best.npz", "clients.csv", "participation.csv.gz", "checkpoints"}
     assert {path.name for path in out.iterdir()} == names
     rows = rows_of(out)
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
@@ -95,7 +95,7 @@ def test_sweep_rows_equal_single_runs_and_one_program_serves_all(tmp_path):
     tasks = [prepare(point.experiment) for point in points(base, [axes[1], axes[3]])]
     groups = programs([task.experiment for task in tasks])
     assert groups == [[0, 1, 2, 3, 4, 5]]
-    assert compile_tasks(tasks).knobs.client_lr.shape == (6,)  # pyright: ignore[reportAttributeAccessIssue]
+    assert compile_tasks(tasks).numbers["client.lr"].shape == (6,)
 
 
 def test_points_that_differ_in_structure_get_their_own_program():

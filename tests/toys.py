@@ -8,7 +8,25 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxfed import Examples, Model, Partition, Plan, Variables, from_nnx, make_plan, make_schedule
+from jaxfed import (
+    POLICIES,
+    Examples,
+    FedAlgorithm,
+    Federation,
+    Model,
+    Partition,
+    Plan,
+    Problem,
+    Variables,
+    classification,
+    fedavg,
+    fedbn,
+    fedprox,
+    from_nnx,
+    make_plan,
+    make_schedule,
+    mean,
+)
 from jaxfed.models.layers import BatchNorm
 
 
@@ -29,6 +47,25 @@ class Net(nnx.Module):
 
 def net(norm: bool = False, dtype=jnp.float64) -> Model:
     return from_nnx(lambda rngs: Net(norm=norm, dtype=dtype, rngs=rngs))
+
+
+def problem(model: Model) -> Problem:
+    return classification(model, dtype=jnp.float64)
+
+
+def averaged(
+    model: Model, client=None, server=None, *, batch_stats="recalibrate", mu=None,
+    num_clients=0, pixels=None, dtype=jnp.float64, **federation,
+) -> FedAlgorithm:  # fmt: skip
+    """FedAvg, FedProx with `mu`, FedBN with `batch_stats="local"`."""
+    client = optax.sgd(0.1) if client is None else client
+    posed = classification(model, dtype=dtype, pixels=pixels)
+    shared = Federation(mean(), POLICIES[batch_stats], num_clients=num_clients, **federation)
+    if batch_stats == "local":
+        return fedbn(posed, client, server, shared)
+    if mu is not None:
+        return fedprox(posed, client, server, shared, mu=mu)
+    return fedavg(posed, client, server, shared)
 
 
 def examples(count: int, seed: int = 0, dtype=np.float64) -> Examples:
@@ -77,7 +114,7 @@ def naive_client(model, optimizer, variables, data, table, prox_mu=0.0):
         if len(batch) == 0:
             continue
         (loss, stats), gradient = mean_loss_and_grad(model)(
-            params, stats, data.images[batch], data.labels[batch]
+            params, stats, data.inputs[batch], data.targets[batch]
         )
         gradient = jax.tree.map(
             lambda g, w, w0: g + prox_mu * (w - w0), gradient, params, variables.params

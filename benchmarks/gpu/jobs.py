@@ -18,8 +18,8 @@ from benchmarks.gpu.measure import (
     step_flops,
     synthetic,
 )  # fmt: skip
+from jaxfed.config import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.data import Dataset
-from jaxfed.experiment import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.plan import Plan, make_plan, stack_plans
 from jaxfed.prepare import Task, prepare
 from jaxfed.program import Program, compile_tasks, replicated
@@ -122,7 +122,7 @@ def rounds(job: Job, parallel: Any, tiny: bool, found: Found) -> list[Row]:
 def device_seconds(program: Program, plans: Plan) -> float:
     """Of one round of all points, in a program that is fed already."""
     fed = replicated(plans, program.mesh)
-    call = partial(program.train, program.knobs, program.state, program.train_set, fed)
+    call = partial(program.train, program.numbers, program.state, program.train_set, fed)
     return median_seconds(call, 5) / program.length
 
 
@@ -148,6 +148,6 @@ def evaluated(program: Program) -> Any:
     scores, _ = program.evaluate(
         program.state, program.test_set, program.test_index, program.train_set, program.train_index
     )
-    if not np.isfinite(scores.loss).all():
+    if not np.isfinite(scores["loss"]).all():
         raise ValueError("evaluation: got a loss that is not finite, expected a number")
     return scores

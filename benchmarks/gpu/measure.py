@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfed.client import cross_entropy
+from jaxfed.core.problem import cross_entropy
 from jaxfed.data import Dataset
-from jaxfed.prepare import Task, compute_dtype
+from jaxfed.precision import compute_dtype
+from jaxfed.prepare import Task
 
 Row = dict[str, Any]
 """One line of a table, as it stands in the JSON file."""
@@ -103,15 +104,16 @@ def synthetic(side: int, channels: int, classes: int, train: int, test: int) -> 
 
 def step_flops(task: Task) -> float | None:
     """Operations of one client's step on one full batch, as XLA counts the traced gradient."""
-    batch = task.schedule.batch
+    batch, model = task.schedule.batch, task.model
+    assert model is not None
 
     def loss(params: Any, variables: Any, images: Any, labels: Any) -> Any:
         mask = jnp.ones(batch, bool)
         given = variables._replace(params=params)
-        logits, _ = task.model.apply(given, images, mask, True, jax.random.key(0))
+        logits, _ = model.apply(given, images, mask, True, jax.random.key(0))
         return cross_entropy(logits, labels).mean()
 
-    variables = jax.eval_shape(task.model.init, jax.random.key(0))
+    variables = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct(
         (batch, *task.dataset.x_train.shape[1:]), compute_dtype(task.experiment)
     )

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu.measure import PRECISIONS, Case, Found, Row, synthetic
+from jaxfed.config import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.data import Dataset, load
-from jaxfed.experiment import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.prepare import prepare
 from jaxfed.program import compile_tasks
 from jaxfed.segments import segments

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.jobs import evaluated
 from benchmarks.gpu.measure import Case, Found, Row, median_seconds, synthetic
-from jaxfed.experiment import ClientConfig, DataConfig, Experiment, ModelConfig
+from jaxfed.config import ClientConfig, DataConfig, Experiment, ModelConfig
 from jaxfed.prepare import prepare
 from jaxfed.program import compile_tasks
 from jaxfed.segments import segments

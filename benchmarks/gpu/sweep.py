@@ -1,6 +1,5 @@
 """64 learning rates as one program, beside one run alone."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,9 +8,10 @@ import jax
 
 from benchmarks.gpu.jobs import JOBS, TINY_JOBS, Job, device_seconds, plans_of, task_of
 from benchmarks.gpu.measure import Case, Found, Row, median_seconds
-from jaxfed.algorithm import Cohort
+from jaxfed.config import replaced
+from jaxfed.core.federated import Cohort
 from jaxfed.prepare import Task
-from jaxfed.program import Program, compile_tasks, make_algorithm, replicated
+from jaxfed.program import Program, algorithm_of, compile_tasks, replicated
 
 
 def cases(tiny: bool, _: Found) -> Iterator[Case]:
@@ -47,19 +47,18 @@ def swept(job: Job, count: int) -> list[Row]:
 
 def with_rate(task: Task, rate: float) -> Task:
     """The same task with another learning rate."""
-    client = dataclasses.replace(task.experiment.client, lr=rate)
-    return task._replace(experiment=dataclasses.replace(task.experiment, client=client))
+    return task._replace(experiment=replaced(task.experiment, {"client.lr": rate}))
 
 
 def mapped_seconds(program: Program, plans: Any) -> float:
     """Of one round of all points at once."""
     task = program.tasks[0]
 
-    def one(knobs: Any, state: Any, plans: Any) -> Any:
-        algorithm = make_algorithm(task, knobs, program.mesh)
+    def one(given: Any, state: Any, plans: Any) -> Any:
+        algorithm = algorithm_of(task, given, program.mesh)
         cohort = partial(Cohort, program.train_set)
         return jax.lax.scan(lambda state, plan: algorithm.round(state, cohort(plan)), state, plans)
 
     fed = replicated(plans, program.mesh)
     call = jax.jit(jax.vmap(one))
-    return median_seconds(lambda: call(program.knobs, program.state, fed), 5) / program.length
+    return median_seconds(lambda: call(program.numbers, program.state, fed), 5) / program.length

@@ -50,7 +50,9 @@ def side_by_side(job: Job, precision: str, *, compare: bool) -> list[Row]:
         [torch.tensor(rows[rows >= 0], device=device).long() for rows in client if rows.max() >= 0]
         for client in np.asarray(plans.rows)[0, 0]
     ]
-    network = cnn(torch, program) if compare else mobilenet(torch, task.experiment.model.width)
+    network = (
+        cnn(torch, program) if compare else mobilenet(torch, task.experiment.model.width or 1.0)
+    )
     network = network.to(device)
     # The same data format for all: float32 in [0, 1], made when the batch is taken.
     work = partial(round_of, torch, network, images, labels, clients)

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.peers.serve import Inputs, serve
 from jaxfed import Experiment, Variables
-from jaxfed.experiment import from_json, override
+from jaxfed.config import from_json, override
 from jaxfed.machine import use_all_cores
 from jaxfed.plan import make_plan, stack_plans
 from jaxfed.prepare import prepare
@@ -50,7 +50,7 @@ def build(inputs: Inputs) -> Do:
 
     def train() -> dict[str, np.ndarray]:
         after, _ = jax.block_until_ready(
-            program.train(program.knobs, state, program.train_set, plans)
+            program.train(program.numbers, state, program.train_set, plans)
         )
         return {name: np.asarray(leaf)[0] for name, leaf in flat(after.variables.params).items()}
 
@@ -60,7 +60,7 @@ def build(inputs: Inputs) -> Do:
                 state, program.test_set, program.test_index, program.train_set, program.train_index
             )
         )
-        return {"loss": np.asarray(scores.loss)[0], "accuracy": np.asarray(scores.accuracy)[0]}
+        return {name: np.asarray(scores[name])[0] for name in ("loss", "accuracy")}
 
     return evaluate if inputs.work["kind"] == "evaluation" else train
 

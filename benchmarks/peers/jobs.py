@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfed import Experiment
-from jaxfed.client import cross_entropy
+from jaxfed.config import override, to_json
+from jaxfed.core.model import Variables
+from jaxfed.core.problem import cross_entropy
 from jaxfed.data import Dataset, fit, load
-from jaxfed.experiment import override, to_json
-from jaxfed.model import Variables
 from parity_tests.case import Case, flat, make_case, unflat
 from parity_tests.case import write as write_case
 
@@ -212,12 +212,12 @@ def differences(
 
 def training_loss(case: Case, params: dict[str, np.ndarray]) -> float:
     """Mean cross-entropy of weights by name on the first training images, in training mode."""
-    x = jnp.asarray(case.train.images[:CHECKED_IMAGES], jnp.float32) / 255
-    y = jnp.asarray(case.train.labels[:CHECKED_IMAGES])
+    x = jnp.asarray(case.train.inputs[:CHECKED_IMAGES], jnp.float32) / 255
+    y = jnp.asarray(case.train.targets[:CHECKED_IMAGES])
     # As JAX's arrays: BatchNorm would write into NumPy's.
     variables = jax.tree.map(
         jnp.asarray, Variables(unflat(params, case.start.params), case.start.stats)
     )
     mask = jnp.ones(len(x), bool)
-    logits, _ = case.task.model.apply(variables, x, mask, True, jax.random.key(0))
+    logits, _ = case.model.apply(variables, x, mask, True, jax.random.key(0))
     return float(cross_entropy(logits, y).mean())

@@ -22,19 +22,21 @@ class DataError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Labelled images, the whole of them in host memory (or mapped from the cache, read-only).
+    """Examples with targets, all in host memory (or mapped from the cache, read-only).
 
     Attributes:
       name: what `load` was asked for.
-      x_train: pixels 0..255, uint8 [N, H, W, C].
-      y_train: class numbers, int32 [N].
-      x_test: uint8 [M, H, W, C].
-      y_test: int32 [M].
-      num_classes: number of classes; every label is below it.
+      x_train: images, pixels 0..255, uint8 [N, H, W, C]; or features, floats or integers [N, ...],
+        which reach the network as they are.
+      y_train: classes, int32 [N]; or the targets of another task, [N, ...].
+      x_test: as x_train, [M, ...].
+      y_test: as y_train.
+      num_classes: number of classes (or tokens); every label is below it. 0 without classes.
       client_train: natural owner 0..K-1 of each training example, int32 [N], or None.
       client_test: the same for the test examples, int32 [M], or None. A client that is in both
         has one number; those that only occur in the test set are numbered from K on.
       notes: what was done to the data, one sentence each, for the header of a run.
+      images: whether inputs are pixels 0..255; None: they are if they are uint8 [N, H, W, C].
     """
 
     name: str
@@ -46,38 +48,62 @@ class Dataset(NamedTuple):
     client_train: np.ndarray | None = None
     client_test: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    images: bool | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether inputs are pixels 0..255, which are scaled for the network."""
+        if self.images is not None:
+            return self.images
+        return self.x_train.dtype == np.uint8 and np.ndim(self.x_train) == 4
 
 
 def check(dataset: Dataset) -> None:
-    """Sees that a dataset made by hand is as `Dataset` says.
+    """Checks that a dataset made by hand is as `Dataset` says.
 
     Raises:
       DataError: naming the field that is not.
     """
-    shape, classes = np.shape(dataset.x_train), dataset.num_classes
-    for part, images, labels, clients in (
+    shape = np.shape(dataset.x_train)
+    for part, inputs, targets, clients in (
         ("train", dataset.x_train, dataset.y_train, dataset.client_train),
         ("test", dataset.x_test, dataset.y_test, dataset.client_test),
     ):
-        if np.ndim(images) != 4 or len(images) == 0 or np.shape(images)[1:] != shape[1:]:
+        for field, array in (("x", inputs), ("y", targets)):
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "iufb":
+                raise DataError(
+                    f"{dataset.name}: {field}_{part} is a {type(array).__name__}"
+                    f"{' of ' + str(array.dtype) if isinstance(array, np.ndarray) else ''}; "
+                    "expected a numpy array of numbers: np.asarray(...)"
+                )
+        pixels = dataset.has_images or (dataset.images is None and inputs.dtype == np.uint8)
+        if (
+            np.ndim(inputs) < 2
+            or len(inputs) == 0
+            or np.shape(inputs)[1:] != shape[1:]
+            or (pixels and np.ndim(inputs) != 4)
+        ):
+            wanted = "[N, H, W, C] (uint8 is for images)" if pixels else "[N, ...]"
             raise DataError(
-                f"{dataset.name}: x_{part} has shape {np.shape(images)}; expected [N, H, W, C], "
+                f"{dataset.name}: x_{part} has shape {np.shape(inputs)}; expected {wanted}, "
                 "one size in both sets: add the axis that is missing, or resize"
             )
-        if np.shape(labels) != (len(images),) or labels.dtype.kind not in "iu":
+        if len(np.shape(targets)) < 1 or len(targets) != len(inputs):
             raise DataError(
-                f"{dataset.name}: y_{part} is {labels.dtype} {np.shape(labels)}; expected integers "
-                f"({len(images)},), one an image"
+                f"{dataset.name}: y_{part} is {targets.dtype} {np.shape(targets)}; expected "
+                f"({len(inputs)}, ...), targets for every example"
             )
-        if labels.min() < 0 or labels.max() >= classes:
+        classes = dataset.num_classes
+        labelled = targets.dtype.kind in "iu" and targets.ndim == 1 and classes > 0
+        if labelled and (targets.min() < 0 or targets.max() >= classes):
             raise DataError(
-                f"{dataset.name}: y_{part} has labels from {labels.min()} to {labels.max()}; "
+                f"{dataset.name}: y_{part} has labels from {targets.min()} to {targets.max()}; "
                 f"expected 0 to {classes - 1}: change them or num_classes"
             )
-        if clients is not None and np.shape(clients) != (len(images),):
+        if clients is not None and np.shape(clients) != (len(inputs),):
             raise DataError(
                 f"{dataset.name}: client_{part} has shape {np.shape(clients)}; expected "
-                f"({len(images)},), one client an image"
+                f"({len(inputs)},), one client per example"
             )
 
 
@@ -113,7 +139,7 @@ def _digits() -> Dataset:
 
     pixels, labels = load_digits(return_X_y=True)
     x = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-    y = labels.astype(np.int32)
+    y = np.asarray(labels, np.int32)
     # A split of our own: it must be the same on every machine whatever scikit-learn does later.
     order = np.lexsort((np.random.Generator(np.random.PCG64(0)).random(len(y)), y))
     counts = np.bincount(y)

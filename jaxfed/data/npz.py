@@ -17,25 +17,28 @@ OPTIONAL = ("client_train", "client_test")
 def read(path: str) -> Dataset:
     """Read a `.npz` file made by `np.savez` or `np.savez_compressed`.
 
-    It holds `x_train` and `x_test`, uint8 [N, H, W, C] or [N, H, W] (one channel is added);
-    `y_train` and `y_test`, integers [N]; and optionally `client_train` and `client_test`, integers
-    or strings [N] that say whose each example is (the natural partition). The number of classes is
-    the largest label of both sets plus one. Pickled objects are refused.
+    It holds `x_train` and `x_test`, images uint8 [N, H, W, C] or [N, H, W] (one channel is added),
+    or features [N, ...] of any other number type, which reach the network as they are; `y_train`
+    and `y_test`, integers [N], or the targets of another task [N, ...]; and optionally
+    `client_train` and `client_test`, integers or strings [N] that say whose each example is (the
+    natural partition). The number of classes is the largest integer target of both sets plus one.
+    Pickled objects are refused.
 
     Raises:
       DataError: the file or an array in it is not like that.
     """
     arrays = _arrays(path)
-    x_train, x_test = (_images(path, name, arrays[name]) for name in ("x_train", "x_test"))
+    x_train, x_test = (_inputs(path, name, arrays[name]) for name in ("x_train", "x_test"))
     if x_train.shape[1:] != x_test.shape[1:]:
         raise DataError(
-            f"{path}: x_train holds images of {_shape(x_train)} and x_test of {_shape(x_test)}; "
+            f"{path}: x_train holds examples of {_shape(x_train)} and x_test of {_shape(x_test)}; "
             "expected one size: resize one of them"
         )
-    y_train = _labels(path, "y_train", arrays["y_train"], len(x_train))
-    y_test = _labels(path, "y_test", arrays["y_test"], len(x_test))
+    y_train = _targets(path, "y_train", arrays["y_train"], len(x_train))
+    y_test = _targets(path, "y_test", arrays["y_test"], len(x_test))
     client_train, client_test = _clients(path, arrays, len(x_train), len(x_test))
-    num_classes = int(max(y_train.max(), y_test.max())) + 1
+    classes = y_train.dtype.kind == y_test.dtype.kind == "i"
+    num_classes = int(max(y_train.max(), y_test.max())) + 1 if classes else 0
     return Dataset(path, x_train, y_train, x_test, y_test, num_classes, client_train, client_test)
 
 
@@ -73,36 +76,54 @@ def _shape(images: np.ndarray) -> str:
     return "x".join(str(side) for side in images.shape[1:])
 
 
-def _images(path: str, name: str, images: np.ndarray) -> np.ndarray:
-    if images.dtype != np.uint8:
-        nan = " with NaN" if images.dtype.kind == "f" and np.isnan(images).any() else ""
+def _inputs(path: str, name: str, inputs: np.ndarray) -> np.ndarray:
+    if inputs.size == 0:
+        raise DataError(f"{path}: {name} has shape {inputs.shape}; expected at least one example")
+    if inputs.dtype == np.uint8:
+        if inputs.ndim not in (3, 4):
+            raise DataError(
+                f"{path}: {name} has shape {inputs.shape}; expected images [N, H, W, C] or "
+                "[N, H, W]: save what is no image as int32 or float32"
+            )
+        return inputs if inputs.ndim == 4 else inputs[..., None]
+    if inputs.dtype.kind not in "iufb" or inputs.ndim < 2:
         raise DataError(
-            f"{path}: {name} has dtype {images.dtype}{nan}; expected uint8 pixels 0..255: if yours "
-            "are 0..1, save (x * 255).round().astype(np.uint8)"
+            f"{path}: {name} is {inputs.dtype} {inputs.shape}; expected uint8 images [N, H, W, C], "
+            "or numbers [N, ...]"
         )
-    if images.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: {name} has shape {images.shape}; expected [N, H, W, C] or [N, H, W]"
-        )
-    if images.size == 0:
-        raise DataError(f"{path}: {name} has shape {images.shape}; expected at least one image")
-    return images if images.ndim == 4 else images[..., None]
+    _check_finite(path, name, inputs)
+    if inputs.dtype.kind == "f":
+        return inputs.astype(np.float32) if inputs.dtype.itemsize < 4 else inputs
+    return inputs.astype(np.int32)
 
 
-def _labels(path: str, name: str, labels: np.ndarray, length: int) -> np.ndarray:
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: {name} has dtype {labels.dtype}; expected integer class numbers")
-    if labels.shape != (length,):
+def _targets(path: str, name: str, targets: np.ndarray, length: int) -> np.ndarray:
+    if targets.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {name} has dtype {targets.dtype}; expected numbers")
+    if targets.ndim < 1 or len(targets) != length:
         raise DataError(
-            f"{path}: {name} has shape {labels.shape}; expected ({length},), one label an image"
+            f"{path}: {name} has shape {targets.shape}; expected ({length}, ...), targets for "
+            "every example"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= MAX_CLASSES:
+    if targets.size == 0:
+        raise DataError(f"{path}: {name} has shape {targets.shape}; expected at least one target")
+    if targets.dtype.kind == "f":
+        _check_finite(path, name, targets)
+        return targets
+    low, high = int(targets.min()), int(targets.max())
+    if (low < 0 and targets.ndim == 1) or high >= MAX_CLASSES:
         raise DataError(
             f"{path}: {name} has labels from {low} to {high}; expected class numbers from 0 to "
             f"at most {MAX_CLASSES - 1}: number them with np.unique(..., return_inverse=True)"
         )
-    return labels.astype(np.int32)
+    return targets.astype(np.int32)
+
+
+def _check_finite(path: str, name: str, array: np.ndarray) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(
+            f"{path}: {name} has dtype {array.dtype} with NaN or infinity; expected finite numbers"
+        )
 
 
 def _clients(

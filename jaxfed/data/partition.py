@@ -237,17 +237,21 @@ class PartitionSpec(NamedTuple):
     function: Callable[..., Partition]
     knobs: tuple[str, ...]
     summary: str
+    labels: bool = False
+    """Whether it divides by class."""
 
 
 PARTITIONS = {
     "iid": PartitionSpec(iid, (), "equal random parts"),
-    "shards": PartitionSpec(shards, ("shards_per_client",), "sorted by label and cut in shards"),
-    "dirichlet": PartitionSpec(dirichlet, ("alpha",), "equal sizes, classes from Dir(alpha)"),
+    "shards": PartitionSpec(
+        shards, ("shards_per_client",), "sorted by label and cut in shards", True
+    ),
+    "dirichlet": PartitionSpec(dirichlet, ("alpha",), "equal sizes, classes from Dir(alpha)", True),
     "dirichlet-unbalanced": PartitionSpec(
-        dirichlet_unbalanced, ("alpha",), "each class divided by Dir(alpha); sizes differ"
+        dirichlet_unbalanced, ("alpha",), "each class divided by Dir(alpha); sizes differ", True
     ),
     "pathological": PartitionSpec(
-        pathological, ("classes_per_client",), "exactly so many classes a client"
+        pathological, ("classes_per_client",), "exactly so many classes per client", True
     ),
     "quantity": PartitionSpec(quantity, ("alpha",), "IID labels, sizes from Dir(alpha)"),
     "natural": PartitionSpec(natural, (), "the clients that come with the data"),
@@ -320,7 +324,12 @@ def partition(
         "alpha": alpha,
         "classes_per_client": classes_per_client,
     }
-    function, knobs, _ = PARTITIONS[name]
+    function, knobs, _, by_class = PARTITIONS[name]
+    if by_class and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise DataError(
+            f"got partition {name!r} for targets {labels.dtype} {list(labels.shape)}; expected "
+            "classes [N], by which it divides: choose iid, quantity or natural"
+        )
     parts = function(labels, num_clients=num_clients, seed=seed, **{k: values[k] for k in knobs})
     return parts if subset is None else parts._replace(order=subset[parts.order])
 

@@ -20,12 +20,20 @@ def fit(dataset: Dataset, size: int | None = None, minimum: int = 1) -> Dataset:
       minimum: smallest side that the network accepts, in pixels.
 
     Raises:
-      DataError: `size` is below `minimum` or below 1.
+      DataError: `size` is below `minimum` or below 1, or inputs that are no images would change.
 
     >>> from jaxfed.data import load
     >>> fit(load("digits"), minimum=12).notes
     ('images padded from 8x8 to 12x12',)
     """
+    if np.ndim(dataset.x_train) != 4:
+        if size is None and minimum <= 1:
+            return dataset
+        wanted = f"image_size {size}" if size is not None else f"a network for images of {minimum}"
+        raise DataError(
+            f"{dataset.name}: got {wanted} for inputs of shape {dataset.x_train.shape[1:]}; "
+            "expected images [N, H, W, C]: choose another network"
+        )
     height, width = dataset.x_train.shape[1:3]
     native = max(height, width)
     if size is not None and size < max(minimum, 1):
@@ -58,13 +66,15 @@ def _pad(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def _resize(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [N, S, S, C] -> uint8 [N, side, side, C]: the same 1-d weights along both axes."""
+    """[N, S, S, C] -> [N, side, side, C] of the same dtype: one set of weights for both axes."""
     weights = _bilinear(images.shape[1], side)
-    resized = np.empty((len(images), side, side, images.shape[3]), np.uint8)
+    resized = np.empty((len(images), side, side, images.shape[3]), images.dtype)
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK].astype(np.float32)
         chunk = np.einsum("ah,bw,nhwc->nabc", weights, weights, chunk, optimize=True)
-        resized[start : start + CHUNK] = np.clip(np.rint(chunk), 0, 255)
+        if images.dtype.kind != "f":
+            chunk = np.clip(np.rint(chunk), 0, 255)
+        resized[start : start + CHUNK] = chunk
     return resized
 
 

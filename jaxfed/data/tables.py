@@ -13,6 +13,8 @@ def label_table(parts: Partition, labels: np.ndarray, num_classes: int) -> np.nd
     array([[0, 0, 2],
            [1, 0, 0]])
     """
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":  # targets that are no classes
+        return np.zeros((parts.num_clients, 0), np.int64)
     client = np.repeat(np.arange(parts.num_clients), parts.sizes)
     cells = client * num_classes + labels[parts.order]
     counts = np.bincount(cells, minlength=parts.num_clients * num_classes)

@@ -1,5 +1,6 @@
 """The networks by name. A new one is a file in this folder and a line in `MODELS`."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxfed.experiment import ConfigError
+from jaxfed.config import ConfigError
 from jaxfed.models.cnn import CNN, MLP, CNNDropout, CNNMcMahan, CNNSmall, Logistic
 from jaxfed.models.layers import NormName
 from jaxfed.models.mobilenet_v1 import MobileNetV1
@@ -46,8 +47,8 @@ class ModelSpec(NamedTuple):
 
 
 MODELS: dict[str, ModelSpec] = {
-    "cnn": ModelSpec(CNN, 10, "none", "2 convolutions; the article's first network"),
-    "cnn-small": ModelSpec(CNNSmall, 4, "none", "1 convolution; the article's third network"),
+    "cnn": ModelSpec(CNN, 10, "none", "2 convolutions"),
+    "cnn-small": ModelSpec(CNNSmall, 4, "none", "1 convolution"),
     "cnn-mcmahan": ModelSpec(CNNMcMahan, 4, "none", "2 convolutions, 1.7 M (McMahan 2017)"),
     "cnn-dropout": ModelSpec(CNNDropout, 6, "none", "2 convolutions, dropout (Reddi 2021)"),
     "mlp": ModelSpec(MLP, 1, "none", "2 hidden layers of 200, the 2NN (McMahan 2017)"),
@@ -72,7 +73,7 @@ def spec_of(name: str) -> ModelSpec:
 
 def builder(
     name: str,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     num_classes: int,
     *,
     width: float = 1.0,
@@ -83,8 +84,8 @@ def builder(
 
     Args:
       name: a key of `MODELS`.
-      input_shape: (H, W, C) of one image.
-      num_classes: number of logits.
+      input_shape: (H, W, C) of one image; of any other input for networks without convolutions.
+      num_classes: number of outputs.
       width: multiplies the numbers of channels.
       norm: normalisation layers; None is the published network's own.
       dtype: of the computation; parameters are float64 if it is, float32 otherwise.
@@ -94,6 +95,13 @@ def builder(
     """
     spec = spec_of(name)
     norm = norm or spec.norm
+    if len(input_shape) != 3:
+        if spec.min_image_size > 1:
+            raise ConfigError(
+                f"--model.name: got {name} for inputs of shape {input_shape}, expected images "
+                "(H, W, C); use mlp or logistic, or a network of your own"
+            )
+        input_shape = (1, 1, math.prod(input_shape))
     if min(input_shape[:2]) < spec.min_image_size:
         raise ConfigError(
             f"--model.name: got {name} for images of {input_shape[0]} x {input_shape[1]}, which "
@@ -105,8 +113,9 @@ def builder(
             f"--model.name: got logistic with width {width} and norm {norm}, expected 1.0 and "
             "none: it has no hidden layer; leave them out"
         )
+    shape = (input_shape[0], input_shape[1], input_shape[2])
     return lambda rngs: spec.constructor(
-        input_shape, num_classes, width=width, norm=norm, dtype=dtype, rngs=rngs
+        shape, num_classes, width=width, norm=norm, dtype=dtype, rngs=rngs
     )
 
 

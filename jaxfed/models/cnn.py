@@ -1,4 +1,4 @@
-"""The small networks of the federated literature, and the two of the article that started this."""
+"""The small networks of the federated literature."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ def scaled(units: int, width: float) -> int:
 
 
 class CNN(nnx.Module):
-    """Two convolutions and a classifier, the article's first network; H, W >= 10.
+    """Two convolutions and a classifier; H, W >= 10.
 
     [B, H, W, C] -> logits [B, num_classes]. A norm, if any, stands between convolution and ReLU,
     as in every network of this file.
@@ -55,7 +55,7 @@ class CNN(nnx.Module):
 
 
 class CNNSmall(nnx.Module):
-    """One convolution and a classifier, the article's third network; H, W >= 4.
+    """One convolution and a classifier; H, W >= 4.
 
     [B, H, W, C] -> logits [B, num_classes].
     """
@@ -170,7 +170,7 @@ class CNNDropout(nnx.Module):
 class MLP(nnx.Module):
     """The "2NN" of McMahan et al., 2017: two hidden layers of 200 units; any image size.
 
-    [B, H, W, C] -> logits [B, num_classes]. 199,210 parameters on MNIST.
+    [B, ...] -> logits [B, num_classes]. 199,210 parameters on MNIST.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class MLP(nnx.Module):
         self.logits = dense(hidden, num_classes)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Bool[Array, " B"] | None = None
+        self, x: Float[Array, "B ..."], mask: Bool[Array, " B"] | None = None
     ) -> Float[Array, "B K"]:
         """Logits; `mask` [B] marks the real rows, which alone count in BatchNorm's moments."""
         x = nnx.relu(self.norm1(self.dense1(x.reshape(len(x), -1)), mask))
@@ -206,7 +206,7 @@ class MLP(nnx.Module):
 class Logistic(nnx.Module):
     """Multinomial logistic regression, convex; any image size.
 
-    [B, H, W, C] -> logits [B, num_classes].
+    [B, ...] -> logits [B, num_classes].
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Logistic(nnx.Module):
         self.logits = layers.dense(h * w * channels, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], mask: Bool[Array, " B"] | None = None
+        self, x: Float[Array, "B ..."], mask: Bool[Array, " B"] | None = None
     ) -> Float[Array, "B K"]:
         """Logits; `mask` is not needed."""
         del mask

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxfed.batch_stats import POLICIES
-from jaxfed.experiment import Experiment, command_line, to_dict
+from jaxfed.algorithms import ALGORITHMS
+from jaxfed.config import Experiment, command_line, to_dict
+from jaxfed.core.batch_stats import POLICIES
 from jaxfed.report.charts import (
     Series,
     duration,
@@ -44,28 +45,30 @@ def subtitle(experiment: Experiment) -> str:
     data, cohort = experiment.data, experiment.clients_per_round
     return (
         f"{experiment.rounds} rounds of {experiment.algorithm}: {experiment.model.name} on "
-        f"{data.dataset}, {data.num_clients} clients ({data.partition}), {cohort} a round, "
+        f"{data.dataset}, {data.num_clients} clients ({data.partition}), {cohort} per round, "
         f"seed {experiment.seed}"
     )
 
 
 def headline(run: SavedRun) -> str:
     """The numbers one came for."""
-    summary, known = run.summary, _accuracies(run.clients)
-    final, best = summary["final_test_accuracy"], summary["best_test_accuracy"]
-    when = next((r["round"] for r in run.history if r["test_accuracy"] == best), None)
+    summary, score = run.summary, score_of(run.summary)
+    known = _scores(run.clients, score.name)
+    final, best = summary[f"final_test_{score.name}"], summary[f"best_test_{score.name}"]
+    when = next((r["round"] for r in run.history if r[f"test_{score.name}"] == best), None)
     items = [
-        ("final test accuracy", _share(final), f"after round {summary['rounds']}"),
-        ("best test accuracy", _share(best), f"round {when}" if best is not None else ""),
+        (f"final test {score.label}", score.text(final), f"after round {summary['rounds']}"),
+        (f"best test {score.label}", score.text(best), f"round {when}" if best is not None else ""),
     ]
     if len(known):
-        items.append(("worst 10 % of clients", percent(worst(known)), "on their own images"))
+        low = score.text(worst(known, maximize=score.maximize))
+        items.append(("worst 10 % of clients", low, "on their own examples"))
     items.append(("time", duration(summary["seconds"]), summary["device"]))
     return tiles(items)
 
 
 def learning_curves(history: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and loss, on the test set and on the clients while they train."""
+    """Every metric, on the test set and on the clients while they train."""
 
     def series(kind: str) -> list[Series]:
         rounds = [row["round"] for row in history]
@@ -75,16 +78,58 @@ def learning_curves(history: Sequence[dict[str, Any]]) -> str:
             Series("test", rounds, [row[f"test_{kind}"] for row in history]),
         ]
 
-    return grid(
-        line_chart("Accuracy", series("accuracy"), unit=percent, limits=(0, 1)),
-        line_chart("Loss", series("loss")),
-    )
+    names = metrics_of(history)
+    return grid(*(metric_chart(name, label_of(name).capitalize(), series(name)) for name in names))
+
+
+def metric_chart(name: str, title: str, series: list[Series]) -> str:
+    """A chart of a metric; accuracies as percent from 0 to 1."""
+    if name.endswith("accuracy"):
+        return line_chart(title, series, unit=percent, limits=(0, 1))
+    return line_chart(title, series)
+
+
+def metrics_of(history: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the test metrics, the loss last."""
+    names = [key.removeprefix("test_") for key in history[0] if key.startswith("test_")]
+    return sorted(names, key=lambda name: name == "loss")
+
+
+def label_of(name: str) -> str:
+    """A metric's name in words."""
+    return name.replace("_", " ")
+
+
+class Score(NamedTuple):
+    """The metric that runs are ranked by."""
+
+    name: str
+    maximize: bool
+
+    @property
+    def label(self) -> str:
+        """Its name in words."""
+        return label_of(self.name)
+
+    def text(self, value: float | None) -> str:
+        """A value of it."""
+        if value is None:
+            return "none"
+        return percent(value) if self.name.endswith("accuracy") else figure_of(value)
+
+
+def score_of(summary: dict[str, Any]) -> Score:
+    """The score of a run; accuracy in runs that were saved before there were others."""
+    return Score(summary.get("score", "accuracy"), summary.get("maximize", True))
 
 
 def _labels(clients: Sequence[dict[str, Any]]) -> list[str]:
     counts = np.array(
         [[count for key, count in row.items() if key.startswith("class_")] for row in clients]
     )
+    if not counts.size:
+        sizes = np.array([row["images"] for row in clients])
+        return [facts([("clients", len(clients)), ("examples per client", _spread(sizes))])]
     sizes = counts.sum(axis=1)
     held = (counts > 0).sum(axis=1)
     shown = counts[:MOST_CLIENTS, :MOST_CLASSES]
@@ -98,13 +143,12 @@ def _labels(clients: Sequence[dict[str, Any]]) -> list[str]:
     skew = np.abs(counts[sizes > 0] / sizes[sizes > 0, None] - everyone).sum(axis=1) / 2
     return [
         grid(
-            label_map("Training images of each class" + (": " if cut else "") + ", ".join(cut),
+            label_map("Training examples of each class" + (": " if cut else "") + ", ".join(cut),
                       shown.tolist()),
             facts([
                 ("clients", len(clients)),
-                ("images a client", f"{sizes.min()} to {sizes.max()}, median "
-                 f"{figure_of(float(np.median(sizes)))}"),
-                ("classes a client", f"{held.min()} to {held.max()} of {counts.shape[1]}, mean "
+                ("examples per client", _spread(sizes)),
+                ("classes per client", f"{held.min()} to {held.max()} of {counts.shape[1]}, mean "
                  f"{figure_of(float(held.mean()))}"),
                 ("label skew", f"{figure_of(float(skew.mean()))}: mean distance (total variation) "
                  "between a client's labels and all clients'; 0 is IID"),
@@ -113,38 +157,57 @@ def _labels(clients: Sequence[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
-def _accuracies(clients: Sequence[dict[str, Any]]) -> np.ndarray:
-    return np.array([row["accuracy"] for row in clients if row["accuracy"] is not None], float)
+def _spread(sizes: np.ndarray) -> str:
+    median = figure_of(float(np.median(sizes)))
+    return f"{sizes.min()} to {sizes.max()}, median {median}"
 
 
-def worst(accuracies: np.ndarray, share: float = 0.1) -> float:
-    """Mean accuracy of the worst tenth of the clients, at least one."""
-    return float(np.sort(accuracies)[: max(1, round(share * len(accuracies)))].mean())
+def _scores(clients: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in clients if row.get(name) is not None], float)
+
+
+def worst(scores: np.ndarray, share: float = 0.1, *, maximize: bool = True) -> float:
+    """Mean score of the worst tenth of the clients, at least one."""
+    ranked = np.sort(scores) if maximize else np.sort(scores)[::-1]
+    return float(ranked[: max(1, round(share * len(ranked)))].mean())
 
 
 def _served(run: SavedRun) -> list[str]:
-    known = _accuracies(run.clients)
+    score = score_of(run.summary)
+    known = _scores(run.clients, score.name)
     own = run.experiment.model.batch_stats == "local"
     network = "each client's own network" if own else "the final network"
     what = text(
-        f"Accuracy of {network} on each client's own training images (not test data: it shows "
-        "whom the network serves badly, not how it generalises)."
+        f"{score.label.capitalize()} of {network} on each client's own training examples (not test "
+        "data: it shows which clients the network serves badly, not how it generalizes)."
     )
     if not len(known):
         return [what, text("No client has a finite score.")]
     left_out = len(run.clients) - len(known)
     levels = (5, 25, 50, 75, 95)
-    rows = [("worst client", known.min()), ("mean of the worst 10 %", worst(known))]
+    low, high = known.min(), known.max()
+    if not score.maximize:
+        low, high = high, low
+    rows = [
+        ("worst client", low),
+        ("mean of the worst 10 %", worst(known, maximize=score.maximize)),
+    ]
     rows += [
         (f"{level}th percentile", value)
         for level, value in zip(levels, np.percentile(known, levels), strict=True)
     ]
-    rows += [("best client", known.max()), ("mean", known.mean())]
+    rows += [("best client", high), ("mean", known.mean())]
     rows += [("standard deviation", known.std())]
-    shown = [(name, percent(float(value))) for name, value in rows]
-    note = [text(f"{left_out} client(s) without images or training left out.")] if left_out else []
-    chart = histogram("Clients by accuracy", known.tolist(), "accuracy on own training images")
-    return [what, grid(chart, table(("clients", "accuracy"), shown)), *note]
+    shown = [(name, score.text(float(value))) for name, value in rows]
+    note = (
+        [text(f"{left_out} client(s) without examples or training left out.")] if left_out else []
+    )
+    beside = table(("clients", score.label), shown)
+    if score.name.endswith("accuracy"):
+        title = f"Clients by {score.label}"
+        chart = histogram(title, known.tolist(), f"{score.label} on own training examples")
+        beside = grid(chart, beside)
+    return [what, beside, *note]
 
 
 def _drift(history: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
@@ -155,7 +218,8 @@ def _drift(history: Sequence[dict[str, Any]], experiment: Experiment) -> list[st
         Series("one client, mean", rounds, mean, "var(--k1)", dashed=True),
         Series("the averaged update", rounds, server),
     ])  # fmt: skip
-    if experiment.algorithm == "central":
+    spec = ALGORITHMS.get(experiment.algorithm)
+    if spec is not None and spec.pooled:
         return [grid(moves), text("Central training has one client, so there is no drift.")]
     ratio = [s / m if s is not None and m else None for s, m in zip(server, mean, strict=True)]
     seats = experiment.clients_per_round or 1
@@ -196,7 +260,7 @@ def _what_ran(experiment: Experiment, summary: dict[str, Any]) -> list[str]:
 def what_ran(experiment: Experiment, summary: dict[str, Any]) -> list[tuple[str, Any]]:
     """Everything that decides about the numbers and is not in the configuration."""
     policy = experiment.model.batch_stats
-    rule = f"{policy}: {POLICIES[policy]}" if policy else "no BatchNorm in this network"
+    rule = f"{policy}: {POLICIES[policy].summary}" if policy else "no BatchNorm in this network"
     return [
         ("network", f"{experiment.model.name}, {summary['parameters']:,} parameters"),
         ("BatchNorm", rule),
@@ -222,7 +286,3 @@ def configuration(experiment: Experiment) -> str:
     """`config.json`, folded away."""
     config = code(json.dumps(to_dict(experiment), indent=2))
     return f"<details><summary>Configuration</summary>{config}</details>"
-
-
-def _share(value: float | None) -> str:
-    return "none" if value is None else percent(value)

@@ -4,12 +4,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxfed.experiment import Experiment, command_line
-from jaxfed.report.charts import COLORS, Series, line_chart, percent
-from jaxfed.report.of_run import configuration, what_ran
+from jaxfed.config import Experiment, command_line
+from jaxfed.report.charts import COLORS, Series
+from jaxfed.report.of_run import (
+    Score,
+    configuration,
+    label_of,
+    metric_chart,
+    metrics_of,
+    score_of,
+    what_ran,
+)
 from jaxfed.report.page import CONTINUED, cell, code, facts, grid, page, section, table, text, tiles
-
-RESULT = "final_test_accuracy"
 
 
 class SweepPoint(NamedTuple):
@@ -20,6 +26,16 @@ class SweepPoint(NamedTuple):
     experiment: Experiment
     history: Sequence[dict[str, Any]]
     summary: dict[str, Any]
+
+    @property
+    def score(self) -> Score:
+        """The metric that points are ranked by."""
+        return score_of(self.summary)
+
+    @property
+    def result(self) -> float | None:
+        """The final test score; None if the run diverged."""
+        return self.summary[f"final_test_{self.score.name}"]
 
     @property
     def label(self) -> str:
@@ -34,8 +50,9 @@ def sweep_page(base: Experiment, points: Sequence[SweepPoint]) -> str:
       base: the experiment that every point is a change of.
       points: in the order of the sweep; those that failed have no final accuracy.
     """
-    finished = [p for p in points if p.summary[RESULT] is not None]
-    best = max(finished, key=lambda p: p.summary[RESULT], default=None)
+    finished = [p for p in points if p.result is not None]
+    choose = max if points[0].score.maximize else min
+    best = choose(finished, key=lambda p: p.result or 0.0, default=None)
     keys = varied(points)
     name = base.name or f"{base.data.dataset} {base.data.partition} {base.model.name}"
     sections = [section("Best point", *_best(best, points))]
@@ -62,25 +79,26 @@ def varied(points: Sequence[SweepPoint]) -> list[str]:
 
 def _best(best: SweepPoint | None, points: Sequence[SweepPoint]) -> list[str]:
     if best is None:
-        return [text("No point has a final test accuracy.")]
-    summary = best.summary
+        return [text(f"No point has a final test {points[0].score.label}.")]
+    score = best.score
     parts = [
         tiles([
-            ("final test accuracy", percent(summary[RESULT]), best.label),
-            ("best test accuracy", percent(summary["best_test_accuracy"]), "of this point"),
+            (f"final test {score.label}", score.text(best.result), best.label),
+            (f"best test {score.label}",
+             score.text(best.summary[f"best_test_{score.name}"]), "of this point"),
         ])
     ]  # fmt: skip
     siblings = [
-        p.summary[RESULT]
+        p.result
         for p in points
-        if p.summary[RESULT] is not None and {**p.changes, "seed": 0} == {**best.changes, "seed": 0}
+        if p.result is not None and {**p.changes, "seed": 0} == {**best.changes, "seed": 0}
     ]
     if len(siblings) > 1:
         mean, spread = statistics.mean(siblings), statistics.stdev(siblings)
         parts.append(
             text(
-                f"The same settings over {len(siblings)} seeds: mean {percent(mean)}, standard "
-                f"deviation {percent(spread)}."
+                f"The same settings over {len(siblings)} seeds: mean {score.text(mean)}, standard "
+                f"deviation {score.text(spread)}."
             )
         )
     return [*parts, text("Run it again:"), code(command_line(best.experiment, CONTINUED))]
@@ -91,7 +109,7 @@ def _heat(points: Sequence[SweepPoint], keys: Sequence[str]) -> list[str]:
     cells: dict[tuple[str, str], list[float]] = {}
     for point in points:
         place = str(point.changes[down]), str(point.changes[across])
-        cells.setdefault(place, []).append(point.summary[RESULT])
+        cells.setdefault(place, []).append(point.result or 0.0)
     means = {place: statistics.mean(values) for place, values in cells.items()}
     low, high = min(means.values(), default=0), max(means.values(), default=1)
     columns = list(dict.fromkeys(place[1] for place in means))
@@ -104,14 +122,14 @@ def _heat(points: Sequence[SweepPoint], keys: Sequence[str]) -> list[str]:
                 line.append('<td class="empty"></td>')
                 continue
             heat = (value - low) / (high - low) if high > low else 1
-            line.append(f'<td style="--heat:{heat:.3f}">{percent(value)}</td>')
+            line.append(f'<td style="--heat:{heat:.3f}">{points[0].score.text(value)}</td>')
         rows.append(f"<tr>{''.join(line)}</tr>")
     head = "".join(f"<th>{cell(column)}</th>" for column in columns)
     corner = f"<th>{cell(down)} \\ {cell(across)}</th>"
     most = max(map(len, cells.values()), default=1)
     mean = f", mean of up to {most} points" if most > 1 else ""
     return [
-        text(f"Final test accuracy by {down} (down) and {across} (across){mean}."),
+        text(f"Final test {points[0].score.label} by {down} (down) and {across} (across){mean}."),
         f'<div class="wide"><table class="heat"><thead><tr>{corner}{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     ]
@@ -134,15 +152,15 @@ def _curves(points: Sequence[SweepPoint], best: SweepPoint | None) -> list[str]:
             lines.append(Series(f"best: {best.label}", rounds, [r[key] for r in best.history]))
         return lines
 
-    return [
-        line_chart("Test accuracy", series("test_accuracy"), unit=percent, limits=(0, 1)),
-        line_chart("Test loss", series("test_loss")),
-    ]
+    names = metrics_of(points[0].history)
+    return [metric_chart(name, f"Test {label_of(name)}", series(f"test_{name}")) for name in names]
 
 
 def _table(points: Sequence[SweepPoint]) -> str:
+    score = points[0].score
     results = {
-        RESULT: "final accuracy", "best_test_accuracy": "best accuracy",
+        f"final_test_{score.name}": f"final {score.label}",
+        f"best_test_{score.name}": f"best {score.label}",
         "final_test_loss": "final loss", "rounds": "rounds", "dropped_clients": "dropped",
     }  # fmt: skip
     head = ["point", *points[0].changes, *results.values()]

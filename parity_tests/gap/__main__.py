@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfed import ConfigError, DataError
-from jaxfed.experiment import to_dict
+from jaxfed.config import to_dict
 from jaxfed.folder import write_atomically, write_json
 from jaxfed.run import device_name
 from parity_tests.gap import pages

@@ -8,7 +8,7 @@ by images that are neither trained nor tested on, unless it is to take that of a
 from typing import Any, Literal, NamedTuple
 
 from jaxfed import Experiment
-from jaxfed.experiment import override
+from jaxfed.config import override
 
 Order = Literal["shuffled", "stored", "sorted"]
 """How a client's images arrive: in a new order every epoch, as they are stored, by label."""

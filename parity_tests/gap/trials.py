@@ -27,15 +27,15 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxfed import Cohort, Examples, Plan, State, Variables
-from jaxfed import batch_stats as bn
-from jaxfed.algorithm import RoundMetrics
-from jaxfed.evaluate import batches, evaluator, score
-from jaxfed.experiment import override, to_dict
-from jaxfed.model import Model, Tree
+from jaxfed import Cohort, Examples, Plan, Problem, Report, State, Variables
+from jaxfed.config import numbers, override, to_dict
+from jaxfed.core.batch_stats import recalibrate
+from jaxfed.core.evaluate import batches, evaluator, score
+from jaxfed.core.tree import Tree
 from jaxfed.models.layers import BatchNorm
 from jaxfed.plan import stack_plans
-from jaxfed.program import EVAL_BATCH, Knobs, knobs_of, make_algorithm
+from jaxfed.prepare import Task
+from jaxfed.program import EVAL_BATCH, Numbers, algorithm_of
 from parity_tests.case import Case, make_case, remade
 from parity_tests.gap.arms import NUDGE, Arm, Setting
 from parity_tests.reference import live
@@ -93,7 +93,7 @@ def _ordered(plan: Plan, case: Case, order: str) -> Plan:
     epochs = case.task.experiment.client.epochs or 1
     if (flat < 0).any():
         raise ValueError("got clients of unequal size, expected equal ones: there is padding")
-    labels = np.asarray(case.train.labels)
+    labels = np.asarray(case.train.targets)
 
     def one(rows: np.ndarray) -> np.ndarray:
         rows = np.sort(rows)
@@ -107,7 +107,7 @@ class Functions(NamedTuple):
     """The pure functions of an arm, compiled when first called."""
 
     init: Callable[[Variables], State]
-    train: Callable[[Knobs, State, Examples, Plan], tuple[State, RoundMetrics]]
+    train: Callable[[Numbers, State, Examples, Plan], tuple[State, Report]]
     test: Callable[[State, Tree, Examples, Examples], dict[str, Array]]
     """`(state, initial statistics, training images, held-out images) -> accuracy by rule`."""
 
@@ -194,61 +194,68 @@ def _functions(arm: Arm, case: Case, programs: Programs) -> Functions:
         experiment = override(task.experiment, {"model.batch_stats": policy})
         task = task._replace(experiment=experiment)
 
-    def train(knobs: Knobs, state: State, examples: Examples, plans: Plan) -> Any:
-        algorithm = make_algorithm(task, knobs)
+    def train(given: Numbers, state: State, examples: Examples, plans: Plan) -> Any:
+        algorithm = algorithm_of(task, given)
         return jax.lax.scan(
             lambda state, plan: algorithm.round(state, Cohort(examples, plan)), state, plans
         )
 
     def test(state: State, start: Tree, train: Examples, held_out: Examples) -> Any:
-        return _scores(task.model, policy, state, start, train, held_out)
+        return _scores(task, policy, state, start, train, held_out)
 
     parts = to_dict(task.experiment)
     network = json.dumps([parts["model"], arm.momentum, task.parameters, parts["dtype"]])
     names = ("algorithm", "weighting", "server")
     way = json.dumps([*(parts[name] for name in names), parts["client"]["optimizer"]])
-    init = make_algorithm(task, knobs_of(task.experiment)).init
     return Functions(
-        init,
+        algorithm_of(task, {}).init,
         programs.setdefault(f"train {network} {way} {task.partition.num_clients}", jax.jit(train)),
         programs.setdefault(f"test {network}", jax.jit(test)),
     )
 
 
 def _scores(
-    model: Model, policy: str, state: State, start: Tree, train: Examples, held_out: Examples
+    task: Task, policy: str, state: State, start: Tree, train: Examples, held_out: Examples
 ) -> dict[str, Array]:
     """Accuracy on `held_out` by rule."""
-    params, stats = state.variables
+    problem, (params, stats) = task.problem, state.variables
     rows, train_rows = _all(held_out), _all(train)
+
+    def accuracy(problem: Problem, variables: Variables) -> Array:
+        return score(problem, variables, held_out, rows)["accuracy"].value()
+
     if policy == "local":
-        return {"kept": evaluator(model, "local")(state, held_out, rows, train, train_rows)[0][1]}
+        evaluate = evaluator(problem, policy, algorithm_of(task, {}).personal)
+        metrics, _ = evaluate(state, held_out, rows, train, train_rows)
+        return {"kept": metrics["accuracy"].value()}
     if not jax.tree.leaves(stats):
-        return {"kept": score(model, state.variables, held_out, rows).accuracy}
+        return {"kept": accuracy(problem, state.variables)}
     by_rule = {"kept": stats}
     if policy == "mean":
-        honest = bn.recalibrate(model, state.variables, train, train_rows, jnp.float32)
+        honest = recalibrate(problem, state.variables, train, train_rows)
         by_rule |= {"frozen": start, "recalibrated": honest}
-    found = jax.lax.map(
-        lambda stats: score(model, Variables(params, stats), held_out, rows).accuracy,
+    values = jax.lax.map(
+        lambda stats: accuracy(problem, Variables(params, stats)),
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_rule.values()),
     )
-    accuracy = {rule: found[place] for place, rule in enumerate(by_rule)}
+    found = {rule: values[place] for place, rule in enumerate(by_rule)}
     if "recalibrated" in by_rule:
-        normalising = Model(
-            model.init, lambda v, images, mask, _, key: model.apply(v, images, mask, True, key)
+        normalizing = problem._replace(
+            metrics=lambda variables, examples, rows, _, key: problem.metrics(
+                variables, examples, rows, True, key
+            )
         )
-        accuracy["batch"] = score(normalising, state.variables, held_out, rows).accuracy
-    return accuracy
+        found["batch"] = accuracy(normalizing, state.variables)
+    return found
 
 
 def _all(examples: Examples) -> Array:
-    return jnp.asarray(batches(np.arange(len(examples.labels)), EVAL_BATCH))
+    return jnp.asarray(batches(np.arange(len(examples.targets)), EVAL_BATCH))
 
 
 def _train(functions: Functions, case: Case, validation: Examples, rate: float) -> Run:
     experiment = override(case.task.experiment, {"client.lr": rate})
-    knobs = jax.tree.map(jnp.float32, knobs_of(experiment))
+    given: Any = jax.tree.map(jnp.float32, numbers(experiment))
     start = jax.tree.map(jnp.asarray, case.start)
     state, every = functions.init(start), experiment.eval_every
     step = DISPATCH if every % DISPATCH == 0 else every
@@ -256,9 +263,9 @@ def _train(functions: Functions, case: Case, validation: Examples, rate: float) 
     trained, tested, dropped = [], [], 0
     for last in range(step, experiment.rounds + 1, step):
         plans = stack_plans(case.plans[last - step : last])
-        state, metrics = functions.train(knobs, state, case.train, plans)
-        trained += np.asarray(metrics.train_accuracy).tolist()
-        dropped += int(np.asarray(metrics.dropped).sum())
+        state, report = functions.train(given, state, case.train, plans)
+        trained += np.asarray(report.metrics["accuracy"].value()).tolist()
+        dropped += int(np.asarray(report.dropped).sum())
         if last in rounds:
             tested.append(functions.test(state, start.stats, case.train, case.test))
     validated = functions.test(state, start.stats, case.train, validation)

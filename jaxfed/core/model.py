@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-Tree = Any
-"""A pytree of arrays: nested dicts, tuples, or any registered node."""
+from jaxfed.core.tree import Tree
 
 
 class Variables(NamedTuple):
@@ -163,8 +162,3 @@ def from_linen(module: linen.Module, example_shape: tuple[int, ...]) -> Model:
         return logits, updated.get("batch_stats", variables.stats)
 
     return Model(init, apply)
-
-
-def count_parameters(tree: Tree) -> int:
-    """Number of scalars in a tree of arrays (or of their shapes)."""
-    return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
-from jaxfed.model import Tree
+from jaxfed.core.tree import Tree
 
 
 def map_sum(
@@ -148,19 +148,3 @@ def _grouped(
 
 def _filled(leaf: Shaped[Array, "clients ..."], missing: int) -> Shaped[Array, "seats ..."]:
     return jnp.concatenate([leaf, jnp.full((missing, *leaf.shape[1:]), -1, leaf.dtype)])
-
-
-def all_finite(tree: Tree) -> Bool[Array, ""]:
-    """True if no number in the tree is infinite or NaN."""
-
-    def each(tree: Tree) -> Bool[Array, ""]:
-        leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-        return jnp.stack(leaves).all() if leaves else jnp.array(True)
-
-    # A finite norm says it at the price of one product; that of finite numbers may overflow.
-    return jax.lax.cond(jnp.isfinite(norm(tree)), lambda _: jnp.array(True), each, tree)
-
-
-def norm(tree: Tree) -> Array:
-    """Euclidean norm of all numbers in the tree."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))

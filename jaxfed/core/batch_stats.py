@@ -14,28 +14,17 @@ those of Flax NNX and Linen do.
 """  # noqa: E501
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from jaxfed.aggregate import map_sum
-from jaxfed.client import Examples, take_batch
-from jaxfed.model import Model, Tree, Variables
-
-POLICIES = {
-    "frozen": "never averaged, evaluation uses the initial 0 and 1 (TFF's rule)",
-    "mean": "weighted mean of the clients' moving statistics",
-    "pooled": "pooled over clients by the law of total variance",
-    "local": "every client keeps its own BatchNorm layers (FedBN)",
-    "recalibrate": "exact moments of training data at every evaluation",
-}
-"""What the header of a run, its report and `--list` say of each policy."""
-
-KEPT_ON_SERVER = ("mean", "pooled")
-"""The policies under which the server's statistics are made from the clients'."""
+from jaxfed.core.clients import map_sum
+from jaxfed.core.model import Variables
+from jaxfed.core.problem import Examples, Problem
+from jaxfed.core.tree import Tree, names
 
 
 def to_moments(stats: Tree) -> Tree:
@@ -67,13 +56,46 @@ def has_moments(stats: Tree) -> bool:
     )
 
 
+class Statistics(NamedTuple):
+    """A policy: what a client sends of its statistics, and what the server does with their mean."""
+
+    send: Callable[[Tree], Tree]
+    """`client's statistics -> tree`, averaged over clients with their weights."""
+    receive: Callable[[Tree, Tree], Tree]
+    """`(mean, server's statistics) -> server's statistics`."""
+    summary: str
+    """For the header of a run, its report and `--list`."""
+
+
+def _never(summary: str) -> Statistics:
+    return Statistics(lambda _: None, lambda _, old: old, summary)
+
+
+FROZEN = _never("never averaged, evaluation uses the initial 0 and 1 (TFF's rule)")
+
+POLICIES: dict[str, Statistics] = {
+    "frozen": FROZEN,
+    "mean": Statistics(
+        lambda stats: stats, lambda mean, _: mean,
+        "weighted mean of the clients' moving statistics",
+    ),
+    "pooled": Statistics(
+        to_moments, lambda mean, _: from_moments(mean),
+        "pooled over clients by the law of total variance",
+    ),
+    "local": _never("every client keeps its own BatchNorm layers (FedBN)"),
+    "recalibrate": _never("exact moments of training data at every evaluation"),
+}  # fmt: skip
+"""The policies by name."""
+
+
 def recalibrate(
-    model: Model, variables: Variables, examples: Examples, index: Int[Array, "steps batch"],
-    dtype: DTypeLike, mesh: Mesh | None = None,
+    problem: Problem, variables: Variables, examples: Examples, index: Int[Array, "steps batch"],
+    mesh: Mesh | None = None,
 ) -> Tree:  # fmt: skip
     """Exact BatchNorm statistics of the examples in `index` under the present weights.
 
-    Each batch is normalised by its own moments, as in training; the moments of all batches are
+    Each batch is normalized by its own moments, as in training; the moments of all batches are
     then combined by the law of total variance, each row counting once. Moving averages are not
     involved: a few updates at momentum 0.99 would still be mostly the initial 0 and 1.
     """
@@ -81,50 +103,38 @@ def recalibrate(
     ones = jax.tree.map(jnp.ones_like, variables.stats)
     count = (index >= 0).sum()
 
-    def updated(params: Tree, stats: Tree, examples: Examples, rows: Array) -> tuple[Tree, Array]:
-        images, _, mask = take_batch(examples, rows, dtype)
-        _, new = model.apply(Variables(params, stats), images, mask, True, jax.random.key(0))
-        return new, mask
+    def updated(params: Tree, stats: Tree, examples: Examples, rows: Array) -> Tree:
+        return problem.metrics(Variables(params, stats), examples, rows, True, jax.random.key(0))[1]
 
     # A layer updates s <- m s + (1 - m) batch, and what it returns in training does not depend
     # on s. So s = 0 gives (1 - m) batch, and the difference to s = 1 gives m: exact moments of
     # a batch, from any module, without knowing its momentum.
-    from_zeros, _ = updated(variables.params, zeros, examples, index[0])
-    from_ones, _ = updated(variables.params, ones, examples, index[0])
+    from_zeros = updated(variables.params, zeros, examples, index[0])
+    from_ones = updated(variables.params, ones, examples, index[0])
     fresh = jax.tree.map(lambda one, zero: 1 - (one - zero), from_ones, from_zeros)
 
     def of_batch(shared: tuple, rows: Array) -> tuple[Tree, None]:
         params, zeros, fresh, examples, count = shared
-        scaled, mask = updated(params, zeros, examples, rows)
+        scaled = updated(params, zeros, examples, rows)
         moments = to_moments(jax.tree.map(jnp.divide, scaled, fresh))
-        share = mask.sum() / count
+        share = (rows >= 0).sum() / count
         return jax.tree.map(lambda m: jnp.where(share > 0, share * m, 0), moments), None
 
     shared = (variables.params, zeros, fresh, examples, count)
     return from_moments(map_sum(of_batch, shared, index, 1, mesh)[0])
 
 
-def own_params(variables: Variables) -> frozenset[str]:
-    """Paths of the parameters (scale, bias) of the layers that keep statistics."""
-    layers = {path[:-1] for path, _ in jax.tree_util.tree_leaves_with_path(variables.stats)}
-    return frozenset(
-        jax.tree_util.keystr(path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(variables.params)
-        if path[:-1] in layers
-    )
+def layers(variables: Variables) -> frozenset[str]:
+    """Names of all statistics, and of the parameters of the layers that hold them (scale, bias).
 
-
-def select(params: Tree, paths: frozenset[str]) -> dict[str, Array]:
-    """The leaves at `paths`, by path."""
-    return {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if jax.tree_util.keystr(path) in paths
-    }
-
-
-def replace(params: Tree, leaves: dict[str, Array]) -> Tree:
-    """`params` with the leaves of `select` put back."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), params
-    )
+    Example:
+      >>> import numpy as np
+      >>> layer = {"mean": np.zeros(2), "var": np.ones(2)}
+      >>> params = {"norm": {"scale": np.ones(2)}, "out": {"bias": np.zeros(2)}}
+      >>> sorted(layers(Variables(params, {"norm": layer})))
+      ['params/norm/scale', 'stats/norm/mean', 'stats/norm/var']
+    """
+    stats = names(variables.stats)
+    with_stats = {name.rpartition("/")[0] for name in stats}
+    params = [name for name in names(variables.params) if name.rpartition("/")[0] in with_stats]
+    return frozenset([f"params/{name}" for name in params] + [f"stats/{name}" for name in stats])

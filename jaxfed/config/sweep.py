@@ -1,7 +1,7 @@
 """Many experiments from one: `--sweep client.lr=0.01,0.1 --sweep seed=0,1`.
 
-Points that differ only in numbers and seeds share one compiled program; any other key makes a
-program for each of its values.
+Points that differ only in numbers of `client` and `server` and in seeds share one compiled program;
+any other key makes a program for each of its values.
 """
 
 import itertools
@@ -10,13 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxfed.experiment import ConfigError, Experiment, override, to_dict
-
-KNOBS = (
-    "seed", "client.lr", "client.momentum", "client.prox_mu", "server.lr", "server.momentum"
-)  # fmt: skip
-"""The keys whose values are inputs of the compiled program, not part of it."""
-
+from jaxfed.config.codec import ALIASES, override, structure
+from jaxfed.config.experiment import ConfigError, Experiment
 
 MAX_POINTS = 10_000
 
@@ -43,7 +38,8 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         raise ConfigError(
             f"--sweep: got {text!r}, expected key=value,value,... (client.lr=0.01,0.1)"
         )
-    return key.strip().removeprefix("--"), [_value(value.strip()) for value in values.split(",")]
+    key = key.strip().removeprefix("--")
+    return ALIASES.get(key, key), [_value(value.strip()) for value in values.split(",")]
 
 
 def _value(text: str) -> Any:
@@ -82,14 +78,7 @@ def programs(experiments: Sequence[Experiment]) -> list[list[int]]:
     """Groups positions of (resolved) experiments that one compiled program can run."""
     groups: dict[str, list[int]] = {}
     for position, experiment in enumerate(experiments):
-        tree = to_dict(override(experiment, dict.fromkeys(("seed",), 0)))
-        for key in KNOBS:
-            node, _, leaf = key.rpartition(".")
-            branch = tree[node] if node else tree
-            # Present or absent is a matter of structure, the number itself is not.
-            branch[leaf] = branch[leaf] is not None
-        tree["name"] = ""
-        groups.setdefault(json.dumps(tree, sort_keys=True), []).append(position)
+        groups.setdefault(structure(experiment), []).append(position)
     return list(groups.values())
 
 

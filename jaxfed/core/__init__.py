@@ -1,0 +1,1 @@
+"""The engine: clients, aggregation and the server as pure functions of arrays."""
