@@ -115,7 +115,7 @@ def caught(mutant: Mutant) -> str | None:
             [*command, "-m", "not slow", "-p", "no:cacheprovider"], cwd=folder, check=False,
             capture_output=True, text=True, env={**os.environ, "PYTHONPATH": folder},
         )  # fmt: skip
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE)
         if done.returncode not in (0, 1):
             raise RuntimeError(f"pytest: exit code {done.returncode}\n{done.stdout[-2000:]}")
         return failed[1] if failed else None

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfed.config.experiment import ClientConfig, ServerConfig
+from jaxfed.config.experiment import ClientConfig, ConfigError, ServerConfig
 from jaxfed.core.local import Optimizer, OptimizerOfRound
 from jaxfed.core.tree import Tree, matching, name_of
 
@@ -293,7 +293,13 @@ def by_round(of_round: OptimizerOfRound) -> optax.GradientTransformationExtraArg
 def _configured(
     config: ClientConfig | ServerConfig, factor: Scalar
 ) -> optax.GradientTransformation:
-    lr = 0.0 if config.lr is None else config.lr
+    lr = config.lr
+    if lr is None:
+        group = "client" if isinstance(config, ClientConfig) else "server"
+        raise ConfigError(
+            f"--{group}.lr: got none, since the algorithm does not declare it; list "
+            f"'{group}.optimizer' and '{group}.lr' in Spec.uses"
+        )
     lr = lr if isinstance(factor, float) and factor == 1.0 else factor * lr
     return optimizer(
         config.optimizer or "sgd", lr, config.momentum, b1=config.b1, b2=config.b2,

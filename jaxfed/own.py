@@ -21,8 +21,9 @@ def load_object(name: str, flag: str) -> Any:
     """
     module, _, path = name.partition(":")
     here = str(Path.cwd())
-    if here not in sys.path:
+    if sys.path[0] not in ("", here):
         sys.path.insert(0, here)
+    importlib.invalidate_caches()  # the module may have been written a moment ago
     try:
         found: Any = importlib.import_module(module)
         for part in path.split("."):

@@ -86,6 +86,11 @@ def network_of(
     """The network of an experiment, or the user's own NNX module, as a `Model`."""
     build = pieces.build
     outputs = outputs_of(dataset, task_name, pieces)
+    if build is None and outputs < 1:
+        raise ConfigError(
+            f"--model.name: got {experiment.model.name} for a problem of your own on data without "
+            "classes, which does not say how many outputs it needs; bring a network too"
+        )
     if build is None:
         build = models.builder(
             experiment.model.name, dataset.x_train.shape[1:], outputs,

@@ -15,7 +15,7 @@ from jaxfed import data, models, own
 from jaxfed.aggregators import AGGREGATORS
 from jaxfed.config import ConfigError, Experiment, Spec, replaced, validate
 from jaxfed.core.batch_stats import POLICIES, has_moments
-from jaxfed.core.federated import FedAlgorithm, Federation
+from jaxfed.core.federated import Aggregator, FedAlgorithm, Federation
 from jaxfed.core.model import Model, Variables
 from jaxfed.core.problem import Problem
 from jaxfed.core.tree import count_parameters, matching
@@ -236,8 +236,6 @@ def _policy(experiment: Experiment, shapes: Variables, spec: Spec) -> Any:
 def _named(
     experiment: Experiment, dataset: data.Dataset, pieces: Pieces, algorithm: Any
 ) -> Experiment:
-    if algorithm is not None:
-        experiment = dataclasses.replace(experiment, algorithm=own.name_of(algorithm, "own"))
     own_algorithm = algorithm is not None or own.is_own(experiment.algorithm)
     if experiment.name or not (pieces.network or own_algorithm):
         return experiment
@@ -282,10 +280,20 @@ def make_algorithm(
         (aggregator or AGGREGATORS["mean"]).build(experiment), policy,
         experiment.weighting or "examples", task.partition.num_clients, chunk, mesh,
     )  # fmt: skip
+    if not isinstance(federation.aggregator, Aggregator):
+        raise ConfigError(
+            f"--server.aggregator: got {experiment.server.aggregator}, whose build gives a "
+            f"{type(federation.aggregator).__name__}, expected a jaxfed.Aggregator"
+        )
     made = algorithm.build(task.make_problem(experiment), experiment, federation)
     if not isinstance(made, FedAlgorithm):
         raise ConfigError(
             f"--algorithm: got {experiment.algorithm}, whose build gives a {type(made).__name__}, "
             "expected a jaxfed.FedAlgorithm"
+        )
+    if experiment.model.batch_stats == "local" and made.personal is None:
+        raise ConfigError(
+            f"--model.batch_stats: got local with algorithm {experiment.algorithm}, whose clients "
+            "keep no network of their own (jaxfed.keeping); use recalibrate, or --algorithm fedbn"
         )
     return made

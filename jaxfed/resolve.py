@@ -5,15 +5,24 @@ key of theirs has a value exactly if something reads it.
 """
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxfed.aggregators import AGGREGATORS
 from jaxfed.algorithms import ALGORITHMS
-from jaxfed.config import ConfigError, Experiment, Spec, dotted_keys, override, value_of
+from jaxfed.config import (
+    ConfigError,
+    Experiment,
+    Spec,
+    dotted_keys,
+    override,
+    replaced,
+    value_of,
+)
 from jaxfed.data import PARTITIONS
 from jaxfed.optimizers import DECAY, OPTIMIZERS
-from jaxfed.own import is_own, load_object
+from jaxfed.own import is_own, load_object, name_of
 from jaxfed.tasks import TASKS, task_of
 
 ALWAYS = ("client.batch_size", "client.shuffle")
@@ -47,12 +56,38 @@ def spec_of(table: Mapping[str, Spec], name: str, flag: str) -> Spec:
     Raises:
       ConfigError: if there is neither.
     """
-    return as_spec(load_object(name, flag)) if is_own(name) else row_of(table, name, flag)
+    return as_spec(load_object(name, flag), flag) if is_own(name) else row_of(table, name, flag)
 
 
-def as_spec(piece: Any) -> Spec:
-    """A `Spec` as it is; a bare `build` function as one that uses no key."""
-    return piece if isinstance(piece, Spec) else Spec(piece, summary="your own")
+ARGUMENTS = {
+    "algorithm": ("problem", "experiment", "federation"),
+    "server.aggregator": ("experiment",),
+}
+"""What a row's `build` is called with."""
+
+
+def as_spec(piece: Any, flag: str) -> Spec:
+    """A `Spec` as it is; a bare `build` function as one that uses no key.
+
+    Raises:
+      ConfigError: if it is neither, or names keys that do not exist.
+    """
+    spec = piece if isinstance(piece, Spec) else Spec(piece, summary="your own")
+    arguments = ARGUMENTS[flag]
+    try:
+        inspect.signature(spec.build).bind(*arguments)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"--{flag}: got {piece!r:.80}, expected a jaxfed.Spec, or a function of "
+            f"({', '.join(arguments)})"
+        ) from None
+    known = dotted_keys()
+    for key in (*spec.uses, *spec.defaults):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--{flag}: its Spec names {key!r}, which is no key{hint}")
+    return spec
 
 
 def resolve(experiment: Experiment, algorithm: Any = None) -> tuple[Experiment, Rows]:
@@ -67,7 +102,9 @@ def resolve(experiment: Experiment, algorithm: Any = None) -> tuple[Experiment, 
     """
     if algorithm is None:
         algorithm = spec_of(ALGORITHMS, experiment.algorithm, "algorithm")
-    algorithm = as_spec(algorithm)
+    else:
+        experiment = replaced(experiment, {"algorithm": name_of(algorithm, "own")})
+        algorithm = as_spec(algorithm, "algorithm")
     wanted = experiment.server.aggregator or algorithm.defaults.get("server.aggregator", "mean")
     aggregator = None
     if "server.aggregator" in algorithm.uses:

@@ -91,7 +91,11 @@ def check_targets(name: str, dataset: Dataset) -> None:
     spec = task_of(name)
     for part, y in (("y_train", dataset.y_train), ("y_test", dataset.y_test)):
         if not spec.fits(y):
-            others = [other for other, row in TASKS.items() if row.fits(dataset.y_train)]
+            others = [
+                other
+                for other, row in TASKS.items()
+                if other != name and row.fits(dataset.y_train) and row.fits(dataset.y_test)
+            ]
             hint = f"; use --task {' or '.join(others)}" if others else ""
             raise ConfigError(
                 f"--task: got {name} for {part} of {y.dtype} {list(y.shape)}, expected "

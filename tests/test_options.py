@@ -195,6 +195,36 @@ def test_an_own_algorithm_is_recorded_with_what_it_uses():
     assert run(SHORT, algorithm=spec).experiment.client.lr == 0.3
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (3, "expected a jaxfed.Spec, or a function of"),
+        (jaxfed.zeros, r"function of \(problem, experiment, federation\)"),
+        (jaxfed.Spec(lambda *_: None, uses=("client.learning_rate",)), "which is no key"),
+        (lambda problem, experiment, federation: None, "expected a jaxfed.FedAlgorithm"),
+        (
+            lambda problem, experiment, federation: jaxfed.fedavg(
+                problem, jaxfed.client_optimizer(experiment.client, 1)
+            ),
+            "list 'client.optimizer' and 'client.lr' in Spec.uses",
+        ),
+    ],
+)
+def test_an_algorithm_that_is_none_is_refused(algorithm, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(SHORT, algorithm=algorithm)
+
+
+def test_own_statistics_need_clients_that_keep_them():
+    spec = jaxfed.Spec(
+        lambda problem, experiment, federation: jaxfed.fedavg(problem, optax.sgd(0.1)),
+        uses=("model.batch_stats",),
+    )
+    model = ModelConfig(name="mlp", width=0.1, norm="batch", batch_stats="local")
+    with pytest.raises(ConfigError, match="keep no network of their own"):
+        prepare(Experiment(model=model), algorithm=spec)
+
+
 def test_earlier_config_files_are_read(tmp_path):
     """Files of jaxfed 0.1 record defaults that their algorithm did not use."""
     old = {

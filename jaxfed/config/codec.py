@@ -136,6 +136,7 @@ def command_line(experiment: Experiment, between: str = " ") -> str:
     """The command that runs an experiment: every key that is not at its default, as a flag.
 
     Example:
+      >>> from jaxfed import ClientConfig
       >>> command_line(Experiment(name="my run", client=ClientConfig(lr=0.05)))
       "python -m jaxfed.train --name 'my run' --client.lr 0.05"
     """
@@ -250,7 +251,7 @@ def expected(key: str) -> str:
 
     Example:
       >>> expected("client.lr"), expected("parallel")
-      ('a number', 'auto, loop, vmap or a whole number')
+      ('a number or null', 'auto, loop, vmap or a whole number')
     """
     cls: Any = Experiment
     for part in key.split("."):

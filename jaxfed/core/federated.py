@@ -314,14 +314,24 @@ def federated(
     Raises:
       ValueError: by `init`, if clients remember something and `federation.num_clients` is 0.
 
-    Example (FedSGD with the mean of the messages):
-      >>> import jaxfed
-      >>> def fedsgd(problem, lr):
-      ...     def update(sent, memory, work):
-      ...         grad, stats, metrics = full_gradient(problem.gradient, sent.variables, work)
-      ...         return Sent(grad, stats, metrics)
-      ...     return federated(stateless(update), optax.sgd(lr), Federation(jaxfed.mean()))
-      >>> from jaxfed import full_gradient
+    Example (FedSGD; every client's loss is the squared distance from its own example):
+      >>> import numpy as np
+      >>> from jaxfed import Examples, Mean, Problem, full_gradient, mean
+      >>> def metrics(variables, examples, rows, train, key):
+      ...     mask = rows >= 0
+      ...     losses = (variables.params - examples.targets[rows]) ** 2 / 2
+      ...     loss = Mean(jnp.where(mask, losses, 0).sum(), mask.sum(dtype=jnp.float32))
+      ...     return {"loss": loss}, variables.stats
+      >>> problem = Problem(lambda key: Variables(jnp.zeros(()), {}), metrics)
+      >>> def update(sent, memory, work):
+      ...     return Sent(*full_gradient(problem.gradient, sent.variables, work))
+      >>> algorithm = federated(stateless(update), optax.sgd(1.0), Federation(mean()))
+      >>> state = algorithm.init(problem.init(jax.random.key(0)))
+      >>> plan = Plan(np.int32(0), np.int32(1), np.arange(2), np.arange(2).reshape(2, 1, 1))
+      >>> data = Examples(jnp.zeros(2), jnp.array([1.0, 5.0]))
+      >>> state, report = algorithm.round(state, Cohort(data, plan))
+      >>> float(state.variables.params), float(report.metrics["loss"].value())
+      (3.0, 6.5)
     """
     server = optax.with_extra_args_support(server)
 
