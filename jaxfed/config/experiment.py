@@ -50,7 +50,7 @@ class ModelConfig:
     norm: Norm | None = None
     """Normalization layers (default: the published network's own)."""
     batch_stats: BatchStats | None = None
-    """What becomes of BatchNorm's moving statistics (default: recalibrate; TFF's: frozen)."""
+    """Rule for BatchNorm's moving statistics (default: recalibrate; TFF's: frozen)."""
     input_range: InputRange | None = None
     """Range that pixels 0 to 255 are mapped to (default: 0..1; with a Keras file: -1..1)."""
     frozen: str | None = None
